@@ -123,13 +123,18 @@ typedef struct {           // what an update needs beside the numbers themselves
 } Update;
 
 // Room 2: where numbers live, and who works. Sizes are in bytes; no memory is an error that ends
-// the program. launch() runs work(argument) on every thread, or records and replays its kernels.
+// the program. launch() runs work(argument) on every thread. launch_again() does the same, and
+// promises that this work on this argument is the same calls with the same values each time, so
+// that a GPU may record it once and replay it.
 static const char *device_start(int threads);      // returns the device in words
-static void *device_alloc(size_t bytes);
+static void device_precision(const char *name);    // of matmul: "fp32", or "tf32" on a GPU
+static double device_memory(void);                 // how many bytes there are; 0: unknown
+static void *device_alloc(size_t bytes);           // zeroed
 static void device_free(void *p);
 static void copy_in(void *device, const void *host, size_t bytes);
 static void copy_out(void *host, const void *device, size_t bytes);
 static void launch(void (*work)(void *), void *argument);
+static void launch_again(void (*work)(void *), void *argument);
 
 // Room 3. Shapes: out, x, f (N,C); wte (V,C); wpe (T,C); stats (N,2); y (N,O); weight (C,O);
 // qkv (N,3C); lse (B,H,T); logits (N,V); loss, hit, row_lse (N). A target is in 0..V-1.
@@ -155,12 +160,16 @@ static void crossentropy_forward(Tensor loss, Tensor hit, Tensor row_lse, Tensor
                                  const int *target, int N, int V);
 static void crossentropy_backward(Tensor loss, Tensor hit, Tensor row_lse, Tensor logits,
                                   const int *target, int N, int V);
+// No GPT ends in a squared error, but the regression in test_gradients.c does.
+__attribute__((unused))
 static void squared_error_forward(Tensor loss, Tensor y, const real *target, int N, int O);
+__attribute__((unused))
 static void squared_error_backward(Tensor loss, Tensor y, const real *target, int N, int O);
 
 // Room 6. n numbers each; partial is scratch for (n + CHUNK - 1) / CHUNK doubles.
 enum { CHUNK = 4096 };
 static void add_loss(Stats *stats, Tensor loss, Tensor hit, int N);
+static void keep_stats(Stats *kept, Stats *current);
 static void gradient_norm(Stats *stats, double *partial, const real *grad, long n);
 static void optimizer_update(Tensor w, real *m, real *v, long n, Update u, const Stats *stats);
 
@@ -228,6 +237,8 @@ static void launch(void (*work)(void *), void *argument) {
   barrier();
 }
 
+static void launch_again(void (*work)(void *), void *argument) { launch(work, argument); }
+
 static const char *device_start(int threads) {
   n_threads = threads;
   for (int i = 1; i < threads; i++) {
@@ -237,6 +248,14 @@ static const char *device_start(int threads) {
     pthread_detach(thread);
   }
   return "CPU";
+}
+
+static void device_precision(const char *name) {
+  if (strcmp(name, "fp32")) die("--precision %s: the CPU has fp32 only; ./train_gpu has tf32", name);
+}
+
+static double device_memory(void) {
+  return (double)sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE);
 }
 
 static void *device_alloc(size_t bytes) {
@@ -807,9 +826,9 @@ typedef struct {
   long n_memory;
   int *token, *target;                 // [rows], of the micro-batch
   double *partial;                     // scratch of gradient_norm
-  Stats *stats;                        // [N_STATS + 1]: of the last updates, and of evaluation
-} Model;
-enum { N_STATS = 64 };
+  Stats *stats;                        // [N_STATS]: of the update under way, of evaluation, and
+} Model;                               // of the updates that the host has not looked at yet
+enum { CURRENT, EVALUATION, KEPT, N_STATS = KEPT + 64 };
 
 static void add_entry(Entry **list, int *n, Tensor *tensor, int rows, int cols, enum Memory data,
                       enum Memory grad, const char *format, int layer) {
@@ -950,7 +969,7 @@ static void model_allocate(Model *m) {
   m->token = (int *)device_alloc(m->rows * sizeof(int));
   m->target = (int *)device_alloc(m->rows * sizeof(int));
   m->partial = (double *)device_alloc(chunks(m->n_weights) * sizeof(double));
-  m->stats = (Stats *)device_alloc((N_STATS + 1) * sizeof(Stats));
+  m->stats = (Stats *)device_alloc(N_STATS * sizeof(Stats));
   place_parameters(m);
   place_activations(m);
 }
@@ -1096,6 +1115,15 @@ static void add_loss(Stats *stats, Tensor loss, Tensor hit, int N) {
   lap("add_loss", 0, 2.0*N * sizeof(real));
 }
 
+// kept = current, and current starts anew: so the host need not stop and look after each update
+static void keep_stats(Stats *kept, Stats *current) {
+  parallel_for (one, 1) {
+    Stats none = {0, 0, 0};
+    kept[one] = *current;
+    *current = none;
+  }
+}
+
 // stats->norm2 = sum_i grad[i]^2: of chunks first, so that the order does not depend on the threads
 static void gradient_norm(Stats *stats, double *partial, const real *grad, long n) {
   parallel_for (chunk, chunks(n)) {
@@ -1133,3 +1161,1573 @@ static void optimizer_update(Tensor w, real *m, real *v, long n, Update u, const
   lap("optimizer_update", 0, 7.0*n * sizeof(real));
 }
 #endif   // GPU
+
+// ---- 7. Data ----------------------------------------------------------------------------------
+// A token is a byte, so any file is a text. The first 90 % of it train, the rest validates.
+
+typedef struct {
+  const char *path;
+  unsigned char *byte;
+  long size, train_size;
+  double floor[2];         // nats per byte no model can pass, of train and validation; NaN: unknown
+} Text;
+
+// All of a file, in memory that the caller frees; the byte after the last is 0. A file that cannot
+// be read is an error that ends the program.
+static char *read_file(const char *path, long *size) {
+  struct stat info;
+  FILE *file = fopen(path, "rb");
+  if (!file) die("%s: %s", path, strerror(errno));
+  if (!fstat(fileno(file), &info) && S_ISDIR(info.st_mode))
+    die("%s is a directory: name a file", path);
+  long room = 1 << 16, n = 0;
+  char *all = NULL;
+  for (size_t got = 1; got > 0; n += got) {
+    if (!all || n + 1 >= room) {
+      all = (char *)realloc(all, room *= 2);
+      if (!all) die("%s: no memory for the %ld bytes it has at least", path, n);
+    }
+    got = fread(all + n, 1, room - 1 - n, file);
+  }
+  if (ferror(file)) die("%s: %s", path, strerror(errno));
+  fclose(file);
+  all[n] = 0;
+  *size = n;
+  return all;
+}
+
+// data/tales.c writes, beside a text, its entropy: the floor. The file is believed only if it speaks
+// of a text of this size.
+static void read_floor(Text *text) {
+  char path[4096], key[64];
+  double value, bytes = 0, floor[2] = {NAN, NAN};
+  text->floor[0] = text->floor[1] = NAN;
+  snprintf(path, sizeof path, "%s.floor", text->path);
+  FILE *file = fopen(path, "r");
+  if (!file) return;
+  while (fscanf(file, "%63s %lf", key, &value) == 2) {
+    if (!strcmp(key, "bytes")) bytes = value;
+    if (!strcmp(key, "train_nats_per_byte")) floor[0] = value;
+    if (!strcmp(key, "val_nats_per_byte")) floor[1] = value;
+  }
+  fclose(file);
+  if (bytes == text->size) text->floor[0] = floor[0], text->floor[1] = floor[1];
+}
+
+static Text text_open(const char *path, int vocab_size) {
+  Text text = {path, NULL, 0, 0, {NAN, NAN}};
+  text.byte = (unsigned char *)read_file(path, &text.size);
+  text.train_size = text.size / 10 * 9 + text.size % 10 * 9 / 10;
+  for (long i = 0; i < text.size; i++)
+    if (text.byte[i] >= vocab_size)
+      die("%s: byte %ld is %d, but the vocabulary has %d words: --vocab_size 256 takes any text",
+          path, i, text.byte[i], vocab_size);
+  read_floor(&text);
+  return text;
+}
+
+// B windows of T tokens go to the device, with the tokens that follow them as targets.
+static void load_windows(Model *m, const unsigned char *byte, const long *start, int B, int T) {
+  static int *token, room;
+  if (B*T > room) {
+    token = (int *)realloc(token, 2 * (room = B*T) * sizeof(int));
+    if (!token) die("no memory for a batch of %d tokens: lower --batch_size", room);
+  }
+  int *target = token + B*T;
+  for (int b = 0; b < B; b++)
+    for (int t = 0; t < T; t++) {
+      token[b*T + t] = byte[start[b] + t];
+      target[b*T + t] = byte[start[b] + t + 1];
+    }
+  copy_in(m->token, token, B*T * sizeof(int));
+  copy_in(m->target, target, B*T * sizeof(int));
+}
+
+// The windows of micro-batch number `index` of a training run: they depend on the seed and the
+// number alone, so that a resumed run, or another arm of a comparison, sees the same text.
+static void load_micro_batch(Model *m, const Text *text, uint64_t seed, uint64_t index, int B, int T) {
+  long *start = (long *)malloc(B * sizeof(long));
+  if (!start) die("no memory for a batch of %d: lower --batch_size", B);
+  for (int b = 0; b < B; b++)
+    start[b] = random_bits(~seed, index * B + b) % (text->train_size - T);
+  load_windows(m, text->byte, start, B, T);
+  free(start);
+}
+
+typedef struct { double loss, accuracy; } Score;   // nats per token; the share of hits
+typedef struct { Model *model; int B, T; Stats *stats; } Evaluation;
+
+static void evaluate_windows(void *argument) {
+  Evaluation *e = (Evaluation *)argument;
+  forward(e->model, e->B, e->T);
+  add_loss(e->stats, e->model->loss, e->model->hit, e->B * e->T);
+}
+
+// The mean over all consecutive windows of T tokens in bytes begin..end-1, targets shifted by one;
+// a last partial window is dropped. At least one window must fit.
+static Score evaluate(Model *m, const Text *text, long begin, long end, int T, int progress) {
+  Evaluation e = {m, 0, T, m->stats + EVALUATION};
+  Stats sum = {0, 0, 0};
+  copy_in(e.stats, &sum, sizeof sum);
+  long windows = (end - begin - 1) / T, most = m->rows / T;
+  long *start = (long *)malloc(most * sizeof(long));
+  if (!start) die("no memory for a batch of %ld: lower --batch_size", most);
+  double started = seconds(), shown = started;
+  for (long w = 0; w < windows; w += e.B) {
+    e.B = (int)MIN(most, windows - w);
+    for (int b = 0; b < e.B; b++) start[b] = begin + (w + b) * T;
+    load_windows(m, text->byte, start, e.B, T);
+    launch(evaluate_windows, &e);
+    if (progress && seconds() > shown + 0.2) {
+      shown = seconds();
+      fprintf(stderr, "\r  evaluating: %ld of %ld windows, %.0f s left  ", w + e.B, windows,
+              (shown - started) * (windows - w - e.B) / (w + e.B));
+    }
+  }
+  if (progress && shown > started) fprintf(stderr, "\r%60s\r", "");
+  free(start);
+  copy_out(&sum, e.stats, sizeof sum);
+  Score score = {sum.loss / ((double)windows * T), sum.hits / ((double)windows * T)};
+  return score;
+}
+
+// ---- 8. Checkpoint ----------------------------------------------------------------------------
+// A folder that Hugging Face opens: model.safetensors and config.json; and state.safetensors, which
+// is all that --resume needs, weights included, so that renaming that one file is the moment at
+// which a save happens. Every file is written under a temporary name, brought to the disk, renamed:
+// whatever interrupts a save, the file that was there stays whole.
+
+typedef struct { char *at; long size, room; } String;   // a text that grows
+
+__attribute__((format(printf, 2, 3)))
+static void append(String *s, const char *format, ...) {
+  for (;;) {
+    va_list args;
+    va_start(args, format);
+    long n = vsnprintf(s->at ? s->at + s->size : NULL, s->room - s->size, format, args);
+    va_end(args);
+    if (n < s->room - s->size) { s->size += n; return; }
+    s->at = (char *)realloc(s->at, s->room = 2*s->room + n + 1);
+    if (!s->at) die("no memory for a text of %ld bytes", s->room);
+  }
+}
+
+typedef struct { char path[4096], tmp[4096 + 8]; FILE *file; } Output;
+
+static void output_failed(Output *out) {
+  int error = errno;
+  unlink(out->tmp);
+  die("%s cannot be written: %s; what was there before is kept", out->path, strerror(error));
+}
+
+static Output output_open(const char *path) {
+  Output out;
+  if (snprintf(out.path, sizeof out.path, "%s", path) >= (int)sizeof out.path)
+    die("a path of over %d bytes", (int)sizeof out.path - 1);
+  snprintf(out.tmp, sizeof out.tmp, "%s.tmp", path);
+  out.file = fopen(out.tmp, "wb");
+  if (!out.file) output_failed(&out);
+  return out;
+}
+
+static void output_write(Output *out, const void *p, size_t bytes) {
+  if (fwrite(p, 1, bytes, out->file) != bytes) output_failed(out);
+}
+
+static void output_close(Output *out) {   // only now does the file appear under its name
+  if (fflush(out->file) || fsync(fileno(out->file))) output_failed(out);
+  if (fclose(out->file) || rename(out->tmp, out->path)) output_failed(out);
+}
+
+static void join(char *path, const char *folder, const char *name) {   // path has 4096 bytes
+  if (snprintf(path, 4096, "%s/%s", folder, name) >= 4096) die("a path of over 4095 bytes");
+}
+
+static void write_text_file(const char *folder, const char *name, const String *text) {
+  char path[4096];
+  join(path, folder, name);
+  Output out = output_open(path);
+  output_write(&out, text->at, text->size);
+  output_close(&out);
+}
+
+// safetensors: 8 bytes N, little-endian; N bytes of JSON, {"name": {"dtype", "shape",
+// "data_offsets"}, ...}; then the numbers, packed. Numbers on the device are written, or read,
+// through a host buffer, a tensor at a time.
+typedef struct { const char *prefix, *name; int rows, cols; const real *data; } Numbers;
+
+// metadata is JSON, an object of strings. Numbers' data is on the device; cols 0: a vector.
+static void safetensors_write(const char *path, const Numbers *list, int n, const char *metadata) {
+  String header = {NULL, 0, 0};
+  long at = 0, most = 1;
+  append(&header, "{\"__metadata__\":%s", metadata);
+  for (int i = 0; i < n; i++) {
+    long count = (long)list[i].rows * MAX(list[i].cols, 1), bytes = count * sizeof(real);
+    append(&header, ",\"%s%s\":{\"dtype\":\"%s\",\"shape\":[%d", list[i].prefix, list[i].name,
+           sizeof(real) == 4 ? "F32" : "F64", list[i].rows);
+    if (list[i].cols) append(&header, ",%d", list[i].cols);
+    append(&header, "],\"data_offsets\":[%ld,%ld]}", at, at + bytes);
+    at += bytes;
+    most = MAX(most, bytes);
+  }
+  append(&header, "}");
+  while (header.size % 8) append(&header, " ");           // so that the numbers are aligned
+  unsigned char length[8];
+  for (int i = 0; i < 8; i++) length[i] = (unsigned char)((uint64_t)header.size >> 8*i);
+  void *buffer = malloc(most);
+  if (!buffer) die("no memory for %ld bytes, to save %s", most, path);
+  Output out = output_open(path);
+  output_write(&out, length, 8);
+  output_write(&out, header.at, header.size);
+  for (int i = 0; i < n; i++) {
+    long bytes = (long)list[i].rows * MAX(list[i].cols, 1) * sizeof(real);
+    copy_out(buffer, list[i].data, bytes);
+    output_write(&out, buffer, bytes);
+  }
+  output_close(&out);
+  free(buffer);
+  free(header.at);
+}
+
+// A reader of JSON that trusts nothing: at every byte it knows what may come, and says where it
+// found something else.
+typedef struct { const char *path, *begin, *at, *end; } Json;
+
+__attribute__((noreturn))
+static void json_error(Json *j, const char *expected) {
+  die("%s: at byte %ld of its JSON, expected %s, found %s: damaged, or not such a file?", j->path,
+      (long)(j->at - j->begin), expected, j->at < j->end ? "something else" : "the end");
+}
+static char json_peek(Json *j) {   // the next byte that is not space; 0 at the end
+  while (j->at < j->end && strchr(" \t\n\r", *j->at) && *j->at) j->at++;
+  return j->at < j->end ? *j->at : 0;
+}
+static void json_expect(Json *j, char c) {
+  char expected[] = {'\'', c, '\'', 0};
+  if (json_peek(j) != c) json_error(j, expected);
+  j->at++;
+}
+// The start of the next member (or element), in a loop: true for each, false after the last.
+static int json_more(Json *j, char close, int *first) {
+  if (json_peek(j) == close) { j->at++; return 0; }
+  if (!*first) json_expect(j, ',');
+  *first = 0;
+  return 1;
+}
+// A string as it stands between its quotes; escapes are checked for form but not decoded, and names
+// are compared as they stand. The result lies in the text itself: begin and length.
+typedef struct { const char *at; long size; } Span;
+static Span json_string(Json *j) {
+  json_expect(j, '"');
+  Span s = {j->at, 0};
+  for (; j->at < j->end && *j->at != '"'; j->at++) {
+    if ((unsigned char)*j->at < 32) json_error(j, "no control character inside a string");
+    if (*j->at == '\\' && ++j->at == j->end) break;
+  }
+  s.size = j->at - s.at;
+  json_expect(j, '"');
+  return s;
+}
+static long json_integer(Json *j) {   // 0 or more
+  long n = 0, digits = 0;
+  for (json_peek(j); j->at < j->end && isdigit((unsigned char)*j->at); j->at++, digits++)
+    if (n > (INT64_MAX - 9) / 10) json_error(j, "a smaller number");
+    else n = 10*n + (*j->at - '0');
+  if (!digits) json_error(j, "a whole number, 0 or more");
+  return n;
+}
+static void json_skip(Json *j, int depth) {   // any value
+  int first = 1;
+  char c = json_peek(j);
+  if (depth > 64) json_error(j, "less nesting");
+  if (c == '"') json_string(j);
+  else if (c == '{') {
+    for (j->at++; json_more(j, '}', &first); json_skip(j, depth + 1)) {
+      json_string(j);
+      json_expect(j, ':');
+    }
+  } else if (c == '[') {
+    for (j->at++; json_more(j, ']', &first); ) json_skip(j, depth + 1);
+  } else {
+    const char *start = j->at;
+    while (j->at < j->end && (isalnum((unsigned char)*j->at) || strchr("+-.", *j->at)) && *j->at)
+      j->at++;
+    if (j->at == start) json_error(j, "a value");
+  }
+}
+static int span_is(Span s, const char *text) {
+  return s.size == (long)strlen(text) && !memcmp(s.at, text, s.size);
+}
+
+typedef struct { Span name; char dtype[8]; int dims; long shape[8], begin, end; } Saved;
+typedef struct {
+  const char *path;
+  FILE *file;
+  char *header;
+  long data_at;            // where in the file the numbers start
+  Saved *tensor;           // sorted by name
+  int n;
+  Span metadata;           // the text of the object, empty if there is none
+} Safetensors;
+
+static int dtype_size(const char *dtype) {
+  static const struct { const char *name; int size; } known[] = {
+    {"F64", 8}, {"F32", 4}, {"F16", 2}, {"BF16", 2}, {"I64", 8}, {"I32", 4}, {"I16", 2}, {"I8", 1},
+    {"U8", 1}, {"BOOL", 1}, {"U16", 2}, {"U32", 4}, {"U64", 8}};
+  for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+    if (!strcmp(dtype, known[i].name)) return known[i].size;
+  return 0;
+}
+
+static Saved read_saved(Json *j) {   // {"dtype": .., "shape": [..], "data_offsets": [.., ..]}
+  Saved s = {json_string(j), "", 0, {0}, -1, -1};
+  int first = 1, inner, have = 0;
+  json_expect(j, ':');
+  json_expect(j, '{');
+  while (json_more(j, '}', &first)) {
+    Span key = json_string(j);
+    json_expect(j, ':');
+    if (span_is(key, "dtype")) {
+      Span dtype = json_string(j);
+      snprintf(s.dtype, sizeof s.dtype, "%.*s", (int)MIN(dtype.size, 7), dtype.at);
+      have |= 1;
+    } else if (span_is(key, "shape")) {
+      json_expect(j, '[');
+      for (s.dims = 0, inner = 1; json_more(j, ']', &inner); s.dims++) {
+        if (s.dims == 8) json_error(j, "a shape of at most 8 dimensions");
+        s.shape[s.dims] = json_integer(j);
+      }
+      have |= 2;
+    } else if (span_is(key, "data_offsets")) {
+      json_expect(j, '[');
+      s.begin = json_integer(j);
+      json_expect(j, ',');
+      s.end = json_integer(j);
+      json_expect(j, ']');
+      have |= 4;
+    } else json_error(j, "\"dtype\", \"shape\" or \"data_offsets\"");
+  }
+  if (have != 7) json_error(j, "dtype, shape and data_offsets before this");
+  return s;
+}
+
+static int by_name(const void *a, const void *b) {
+  const Saved *x = (const Saved *)a, *y = (const Saved *)b;
+  int order = memcmp(x->name.at, y->name.at, MIN(x->name.size, y->name.size));
+  return order ? order : (x->name.size > y->name.size) - (x->name.size < y->name.size);
+}
+static int by_place(const void *a, const void *b) {
+  const Saved *x = (const Saved *)a, *y = (const Saved *)b;
+  long order = x->begin != y->begin ? x->begin - y->begin : x->end - y->end;
+  return (order > 0) - (order < 0);
+}
+
+// The tensors must be packed: no holes, no overlaps, nothing after the last, each as long as its
+// shape says. Then no offset can point outside the file.
+static void check_saved(Safetensors *st, long file_size) {
+  long at = 0;
+  qsort(st->tensor, st->n, sizeof(Saved), by_place);
+  for (int i = 0; i < st->n; i++) {
+    Saved *s = &st->tensor[i];
+    long bytes = dtype_size(s->dtype);
+    int name = (int)MIN(s->name.size, 80);
+    if (!bytes) die("%s: %.*s has unknown dtype %s", st->path, name, s->name.at, s->dtype);
+    for (int d = 0; d < s->dims; d++) {
+      if (s->shape[d] && bytes > file_size / s->shape[d])
+        die("%s: the shape of %.*s is larger than the file", st->path, name, s->name.at);
+      bytes *= s->shape[d];
+    }
+    if (s->begin != at || s->end - s->begin != bytes)
+      die("%s: %.*s should take %ld bytes from %ld on, its data_offsets say %ld to %ld: damaged?",
+          st->path, name, s->name.at, bytes, at, s->begin, s->end);
+    at = s->end;
+  }
+  if (st->data_at + at != file_size)
+    die("%s: its header speaks of %ld bytes, the file has %ld: %s", st->path, st->data_at + at,
+        file_size, file_size < st->data_at + at ? "truncated?" : "damaged?");
+  qsort(st->tensor, st->n, sizeof(Saved), by_name);
+  for (int i = 1; i < st->n; i++)
+    if (!by_name(&st->tensor[i - 1], &st->tensor[i]))
+      die("%s: two tensors are called %.*s", st->path, (int)MIN(st->tensor[i].name.size, 80),
+          st->tensor[i].name.at);
+}
+
+// Opens a file and checks its header; any fault in it ends the program with a line that names it.
+static Safetensors safetensors_open(const char *path) {
+  Safetensors st = {path, fopen(path, "rb"), NULL, 0, NULL, 0, {"", 0}};
+  struct stat info;
+  if (!st.file) die("%s: %s", path, strerror(errno));
+  if (fstat(fileno(st.file), &info) || !S_ISREG(info.st_mode)) die("%s is not a file", path);
+  unsigned char length[8];
+  uint64_t size = 0;
+  if (fread(length, 1, 8, st.file) != 8) die("%s: %ld bytes, not even a header: truncated?", path,
+                                             (long)info.st_size);
+  for (int i = 0; i < 8; i++) size |= (uint64_t)length[i] << 8*i;
+  if (size > 100000000 || (long)size > info.st_size - 8)
+    die("%s: its header should have %llu bytes, the file has %ld: truncated, or not safetensors?",
+        path, (unsigned long long)size, (long)info.st_size);
+  st.header = (char *)malloc(size + 1);
+  if (!st.header) die("%s: no memory for its header of %ld bytes", path, (long)size);
+  if (fread(st.header, 1, size, st.file) != size) die("%s: %s", path, "its header cannot be read");
+  st.data_at = 8 + (long)size;
+  Json j = {path, st.header, st.header, st.header + size};
+  int first = 1, inner, room = 0, seen = 0;
+  if (!size || *st.header != '{') json_error(&j, "'{'");
+  j.at++;
+  while (json_more(&j, '}', &first)) {
+    json_peek(&j);
+    if (j.end - j.at >= 14 && !memcmp(j.at, "\"__metadata__\"", 14)) {
+      json_string(&j);
+      if (seen++) json_error(&j, "__metadata__ once");
+      json_expect(&j, ':');
+      json_peek(&j);
+      st.metadata.at = j.at;
+      json_expect(&j, '{');
+      for (inner = 1; json_more(&j, '}', &inner); json_string(&j)) {
+        json_string(&j);
+        json_expect(&j, ':');
+      }
+      st.metadata.size = j.at - st.metadata.at;
+      continue;
+    }
+    if (st.n == room) st.tensor = (Saved *)realloc(st.tensor, (room = 2*room + 64) * sizeof(Saved));
+    if (!st.tensor) die("%s: no memory for its %d tensors", path, room);
+    st.tensor[st.n++] = read_saved(&j);
+  }
+  while (j.at < j.end && *j.at == ' ') j.at++;
+  if (j.at < j.end) json_error(&j, "only spaces after the last '}'");
+  check_saved(&st, (long)info.st_size);
+  return st;
+}
+
+static void safetensors_close(Safetensors *st) {
+  fclose(st->file);
+  free(st->header);
+  free(st->tensor);
+}
+
+static const Saved *safetensors_find(const Safetensors *st, const char *prefix, const char *name) {
+  char full[128];
+  snprintf(full, sizeof full, "%s%s", prefix, name);
+  Saved wanted = {{full, (long)strlen(full)}, "", 0, {0}, 0, 0};
+  return (const Saved *)(st->n ? bsearch(&wanted, st->tensor, st->n, sizeof(Saved), by_name) : NULL);
+}
+
+static double half_to_double(unsigned bits) {   // IEEE binary16
+  int exponent = bits >> 10 & 31, fraction = bits & 1023;
+  double x = exponent == 0 ? ldexp(fraction, -24)
+           : exponent == 31 ? (fraction ? NAN : INFINITY) : ldexp(1024 + fraction, exponent - 25);
+  return bits >> 15 ? -x : x;
+}
+
+// Reads a floating-point tensor of any precision into numbers on the host; the caller frees them.
+static real *safetensors_read(const Safetensors *st, const Saved *s) {
+  int size = dtype_size(s->dtype), name = (int)MIN(s->name.size, 80);
+  long n = (s->end - s->begin) / size;
+  unsigned char *raw = (unsigned char *)malloc(n * size + 1);
+  real *numbers = (real *)malloc(n * sizeof(real) + 1);
+  if (!raw || !numbers) die("%s: no memory to read %.*s", st->path, name, s->name.at);
+  if (fseek(st->file, st->data_at + s->begin, SEEK_SET) ||
+      (long)fread(raw, size, n, st->file) != n)
+    die("%s: %.*s cannot be read: truncated?", st->path, name, s->name.at);
+  for (long i = 0; i < n; i++) {
+    double d; float f; uint16_t h; uint32_t w;
+    if (!strcmp(s->dtype, "F32")) memcpy(&f, raw + 4*i, 4), numbers[i] = (real)f;
+    else if (!strcmp(s->dtype, "F64")) memcpy(&d, raw + 8*i, 8), numbers[i] = (real)d;
+    else if (!strcmp(s->dtype, "F16"))
+      memcpy(&h, raw + 2*i, 2), numbers[i] = (real)half_to_double(h);
+    else if (!strcmp(s->dtype, "BF16"))                   // the upper half of a float
+      memcpy(&h, raw + 2*i, 2), w = (uint32_t)h << 16, memcpy(&f, &w, 4), numbers[i] = (real)f;
+    else die("%s: %.*s is %s, expected F32, F64, F16 or BF16", st->path, name, s->name.at, s->dtype);
+  }
+  free(raw);
+  return numbers;
+}
+
+// Reads a tensor that must be there, with this shape, to the device.
+static void read_tensor(const Safetensors *st, const char *prefix, const char *name, int rows,
+                        int cols, real *device) {
+  const Saved *s = safetensors_find(st, prefix, name);
+  if (!s) die("%s has no tensor %s%s: is it a GPT-2?", st->path, prefix, name);
+  if (s->dims != (cols ? 2 : 1) || s->shape[0] != rows || (cols && s->shape[1] != cols)) {
+    char found[100] = "";
+    for (int d = 0; d < s->dims; d++)
+      snprintf(found + strlen(found), sizeof found - strlen(found), "%s%ld", d ? "," : "",
+               s->shape[d]);
+    die("%s: %s has shape [%s], expected [%d%s%.0d]", st->path, name, found, rows,
+        cols ? "," : "", cols);
+  }
+  real *numbers = safetensors_read(st, s);
+  copy_in(device, numbers, (long)rows * MAX(cols, 1) * sizeof(real));
+  free(numbers);
+}
+
+// The shape of a model from folder/config.json. What this program does not do is an error.
+static Config read_config(const char *folder) {
+  Config c = {0, 0, 0, 0, 0};
+  const struct { const char *key; int *value; } wanted[] = {
+    {"n_layer", &c.n_layer}, {"n_head", &c.n_head}, {"n_embd", &c.n_embd},
+    {"n_positions", &c.block_size}, {"vocab_size", &c.vocab_size}};
+  char path[4096];
+  long size;
+  join(path, folder, "config.json");
+  char *text = read_file(path, &size);
+  Json j = {path, text, text, text + size};
+  int first = 1;
+  json_expect(&j, '{');
+  while (json_more(&j, '}', &first)) {
+    Span key = json_string(&j);
+    json_expect(&j, ':');
+    int found = 0;
+    for (int i = 0; i < 5; i++)
+      if (span_is(key, wanted[i].key)) {
+        long value = json_integer(&j);
+        if (value < 1 || value > 10000000)
+          die("%s: %s is %ld, expected 1 to 10000000", path, wanted[i].key, value);
+        *wanted[i].value = (int)value;
+        found = 1;
+      }
+    if (span_is(key, "activation_function") && json_peek(&j) == '"') {
+      Span name = json_string(&j);
+      if (!span_is(name, "gelu_new"))
+        die("%s: activation_function is %.*s, this program has gelu_new only", path,
+            (int)MIN(name.size, 80), name.at);
+    } else if (!found) json_skip(&j, 0);
+  }
+  for (int i = 0; i < 5; i++)
+    if (!*wanted[i].value) die("%s has no %s: is it of a GPT-2?", path, wanted[i].key);
+  if (c.n_embd % c.n_head)
+    die("%s: n_embd %d is not divisible by n_head %d", path, c.n_embd, c.n_head);
+  free(text);
+  return c;
+}
+
+static void write_config(const char *folder, Config c) {
+  String s = {NULL, 0, 0};
+  append(&s, "{\n  \"model_type\": \"gpt2\",\n  \"architectures\": [\"GPT2LMHeadModel\"],\n"
+         "  \"vocab_size\": %d,\n  \"n_positions\": %d,\n  \"n_embd\": %d,\n  \"n_layer\": %d,\n"
+         "  \"n_head\": %d,\n", c.vocab_size, c.block_size, c.n_embd, c.n_layer, c.n_head);
+  append(&s, "  \"n_inner\": null,\n  \"activation_function\": \"gelu_new\",\n"
+         "  \"layer_norm_epsilon\": 1e-05,\n  \"resid_pdrop\": 0.0,\n  \"embd_pdrop\": 0.0,\n"
+         "  \"attn_pdrop\": 0.0,\n  \"initializer_range\": 0.02,\n"
+         "  \"tie_word_embeddings\": true,\n  \"bos_token_id\": null,\n"
+         "  \"eos_token_id\": null\n}\n");
+  write_text_file(folder, "config.json", &s);
+  free(s.at);
+}
+
+// The weights of folder/model.safetensors. The hub's own files have no prefix, and masks besides
+// the weights: what is not asked for is left alone.
+static void read_weights(Model *m, const char *folder) {
+  char path[4096];
+  join(path, folder, "model.safetensors");
+  Safetensors st = safetensors_open(path);
+  const char *prefix = safetensors_find(&st, "", "wte.weight") ? "" : "transformer.";
+  for (int i = 0; i < m->n_parameters; i++) {
+    Entry *e = &m->parameter[i];
+    read_tensor(&st, prefix, e->name, e->rows, e->cols, e->tensor->data);
+  }
+  safetensors_close(&st);
+}
+
+static const char *const PART[] = {"transformer.", "m.", "v."};   // of state.safetensors
+
+// One of the three blocks of numbers that an update changes: the weights, and the moments.
+static real *part_of_state(Model *m, int part, const Entry *e) {
+  real *base = part ? m->moment[part - 1] : m->weights.data;
+  return base + (e->tensor->data - m->weights.data);
+}
+
+static void save_model(Model *m, const char *folder, const char *state_metadata) {
+  Numbers *list = (Numbers *)malloc(3 * m->n_parameters * sizeof(Numbers));
+  if (!list) die("no memory for a list of %d tensors", 3 * m->n_parameters);
+  for (int part = 0; part < 3; part++)
+    for (int i = 0; i < m->n_parameters; i++) {
+      Entry *e = &m->parameter[i];
+      Numbers *n = &list[part * m->n_parameters + i];
+      n->prefix = PART[part]; n->name = e->name; n->rows = e->rows; n->cols = e->cols;
+      n->data = part_of_state(m, part, e);
+    }
+  char path[4096];
+  write_config(folder, m->config);
+  join(path, folder, "model.safetensors");
+  safetensors_write(path, list, m->n_parameters, "{\"format\":\"pt\"}");
+  join(path, folder, "state.safetensors");
+  safetensors_write(path, list, 3 * m->n_parameters, state_metadata);
+  free(list);
+}
+
+static void read_state(Model *m, const Safetensors *st) {
+  for (int part = 0; part < 3; part++)
+    for (int i = 0; i < m->n_parameters; i++) {
+      Entry *e = &m->parameter[i];
+      read_tensor(st, PART[part], e->name, e->rows, e->cols, part_of_state(m, part, e));
+    }
+}
+
+// ---- 9. Training ------------------------------------------------------------------------------
+
+static struct {
+  const char *text, *out, *init, *optimizer, *precision;
+  int n_layer, n_head, n_embd, block_size, batch_size, accumulate, max_steps, vocab_size, warmup;
+  int eval_interval, seed, threads, resume, compare, eval, profile;
+  double learning_rate, min_lr, weight_decay, beta1, beta2, grad_clip;
+} opt;   // each has the name of its option: room 10
+
+static const char *const OPTIMIZER[] = {"sgd", "momentum", "adagrad", "adadelta", "rmsprop", "adam",
+                                        "adamw"};
+
+// A model in training. Usually there is one; --compare has two, that see the same tokens.
+typedef struct {
+  const char *name;
+  Model model;
+  int accumulate;          // micro-batches per update
+  long updates;
+  double seconds;          // in training: no evaluation, no saving
+  long looked_at;          // updates whose loss the host has seen
+  double since;            // and when it began with the next
+  double loss, accuracy, norm;   // of the last that was looked at
+  Score val, val_at_equal_updates;
+} Arm;
+
+typedef struct {           // of log.csv
+  int arm;
+  long update, tokens;
+  double train_loss, train_accuracy, grad_norm, learning_rate, val_loss, val_accuracy;
+  double step_seconds, seconds;   // of this update; of all so far, without evaluation and saving
+} Row;                     // val: NaN if there was no evaluation
+
+static struct {
+  Text text;
+  Arm arm[2];
+  int arms;
+  long rounds;             // a round gives each arm the same micro-batches; usually it is a step
+  int round_size;          // micro-batches of a round
+  Row *row;
+  long rows, room;
+  double started, shown;
+  int on_terminal;
+} run;
+
+static volatile sig_atomic_t interrupted;
+static void on_interrupt(int signal_number) {
+  (void)signal_number;
+  if (interrupted) _exit(130);   // the second Ctrl-C
+  interrupted = 1;
+}
+
+// Linear warmup, then half a cosine down to min_lr; in micro-batches' worth of steps when arms are
+// compared, so that both have the same rate at the same token.
+static double learning_rate(double step) {
+  double low = MIN(opt.min_lr, opt.learning_rate);
+  if (step < opt.warmup) return opt.learning_rate * (step + 1) / (opt.warmup + 1);
+  if (step >= opt.max_steps) return low;
+  double done = (step - opt.warmup) / (opt.max_steps - opt.warmup);
+  return low + (opt.learning_rate - low) * (1 + cos(3.141592653589793 * done)) / 2;
+}
+
+typedef struct { Model *model; int B, T; real dloss; } MicroBatch;
+
+static void micro_batch(void *argument) {   // adds to the gradients
+  MicroBatch *b = (MicroBatch *)argument;
+  forward(b->model, b->B, b->T);
+  add_loss(b->model->stats + CURRENT, b->model->loss, b->model->hit, b->B * b->T);
+  backward(b->model, b->B, b->T, b->dloss);
+}
+
+typedef struct { Model *model; Update u; int slot; } UpdateStep;
+
+static void update_step(void *argument) {   // from the gradients, which it zeroes for the next
+  UpdateStep *s = (UpdateStep *)argument;
+  Model *m = s->model;
+  Tensor vectors = {m->weights.data + m->n_matrices, m->weights.grad + m->n_matrices};
+  Update no_decay = s->u;
+  no_decay.weight_decay = 0;
+  gradient_norm(m->stats + CURRENT, m->partial, m->weights.grad, m->n_weights);
+  optimizer_update(m->weights, m->moment[0], m->moment[1], m->n_matrices, s->u, m->stats + CURRENT);
+  optimizer_update(vectors, m->moment[0] + m->n_matrices, m->moment[1] + m->n_matrices,
+                   m->n_weights - m->n_matrices, no_decay, m->stats + CURRENT);
+  keep_stats(m->stats + KEPT + s->slot, m->stats + CURRENT);
+  zero(m->weights.grad, m->n_weights);
+}
+
+static Update update_values(long updates, double rate) {   // updates: how many there were before
+  Update u;
+  memset(&u, 0, sizeof u);
+  for (u.optimizer = 0; strcmp(opt.optimizer, OPTIMIZER[u.optimizer]); ) u.optimizer++;
+  u.learning_rate = (real)rate; u.weight_decay = (real)opt.weight_decay;
+  u.beta1 = (real)opt.beta1; u.beta2 = (real)opt.beta2; u.grad_clip = (real)opt.grad_clip;
+  u.unbias_m = (real)(1 / (1 - pow(opt.beta1, updates + 1)));
+  u.unbias_v = (real)(1 / (1 - pow(opt.beta2, updates + 1)));
+  return u;
+}
+
+// One update: accumulate micro-batches forward and backward, their gradients added, then the
+// optimizer. The loss is a sum over tokens divided by the tokens of the whole update, so this is
+// one batch that is accumulate times as large.
+static void update(Arm *arm, double rate) {
+  static MicroBatch b[2];                      // where it was, so that it may be replayed
+  MicroBatch *batch = &b[arm - run.arm];
+  int B = opt.batch_size, T = opt.block_size;
+  batch->model = &arm->model; batch->B = B; batch->T = T;
+  batch->dloss = (real)(1.0 / ((double)arm->accumulate * B * T));
+  for (int k = 0; k < arm->accumulate; k++) {
+    load_micro_batch(&arm->model, &run.text, opt.seed, arm->updates * arm->accumulate + k, B, T);
+    launch_again(micro_batch, batch);
+  }
+  UpdateStep step = {&arm->model, update_values(arm->updates, rate),
+                     (int)(arm->updates % (N_STATS - KEPT))};
+  launch(update_step, &step);
+  arm->updates++;
+}
+
+static Row *add_row(Row row) {
+  if (run.rows == run.room) {
+    run.row = (Row *)realloc(run.row, (run.room = 2*run.room + 1024) * sizeof(Row));
+    if (!run.row) die("no memory for a log of %ld rows", run.room);
+  }
+  run.row[run.rows] = row;
+  return &run.row[run.rows++];
+}
+
+static long tokens_of(const Arm *arm) {
+  return arm->updates * arm->accumulate * opt.batch_size * opt.block_size;
+}
+
+// Looks at the updates from `first` on, which took this long: a row for each.
+static void read_stats(Arm *arm, long first, double took) {
+  Stats kept[N_STATS - KEPT];
+  copy_out(kept, arm->model.stats + KEPT, sizeof kept);
+  long n = arm->updates - first, per_update = (long)arm->accumulate * opt.batch_size * opt.block_size;
+  for (long u = first; u < arm->updates; u++) {
+    Stats *s = &kept[u % (N_STATS - KEPT)];
+    arm->loss = s->loss / per_update;
+    arm->accuracy = s->hits / per_update;
+    arm->norm = sqrt(s->norm2);
+    arm->seconds += took / n;
+    if (!isfinite(arm->loss) || !isfinite(arm->norm))
+      die("step %ld: the loss is %g, the gradient's norm %g: the last good checkpoint is kept; "
+          "lower --learning_rate, or set --grad_clip", u + 1, arm->loss, arm->norm);
+    Row row = {(int)(arm - run.arm), u + 1, (u + 1) * per_update, arm->loss, arm->accuracy,
+               arm->norm, learning_rate((double)u * (run.arms == 2 ? arm->accumulate : 1)),
+               NAN, NAN, took / n, arm->seconds};
+    add_row(row);
+  }
+}
+
+// The number of bytes of the UTF-8 character at p, of which n bytes are there: 1 to 4; 0 if what is
+// there is the beginning of one; -1 if it is none.
+static int utf8_length(const unsigned char *p, long n) {
+  int length = p[0] < 0x80 ? 1 : p[0] < 0xc2 ? -1 : p[0] < 0xe0 ? 2 : p[0] < 0xf0 ? 3
+             : p[0] < 0xf5 ? 4 : -1;
+  for (int i = 1; i < MIN(length, n); i++) {
+    int low = i > 1 ? 0x80 : p[0] == 0xe0 ? 0xa0 : p[0] == 0xf0 ? 0x90 : 0x80;   // no overlong form
+    int high = i > 1 ? 0xbf : p[0] == 0xed ? 0x9f : p[0] == 0xf4 ? 0x8f : 0xbf;  // no surrogate
+    if (p[i] < low || p[i] > high) return -1;
+  }
+  return length > n ? 0 : length;
+}
+
+// Prints bytes as text: whole characters; U+FFFD for what is none, and for control characters, which
+// could do anything to a terminal. Returns how many bytes were printed: a character that is cut at
+// the end is left for the next call, unless this is the last.
+static long print_text(const unsigned char *p, long n, int last) {
+  long i = 0;
+  while (i < n) {
+    int length = utf8_length(p + i, n - i);
+    if (length == 0 && !last) break;
+    int control = length == 1 && p[i] < 32 && !strchr("\n\t", p[i]);
+    if (length < 1 || control || p[i] == 127 || !p[i]) fputs("\xef\xbf\xbd", stdout), i++;
+    else fwrite(p + i, 1, length, stdout), i += length;
+  }
+  fflush(stdout);
+  return i;
+}
+
+typedef struct { Model *model; int B, T; } ForwardOnly;
+static void forward_only(void *argument) {
+  ForwardOnly *f = (ForwardOnly *)argument;
+  forward(f->model, f->B, f->T);
+}
+
+// A few lines that the model writes, from a line break on: each byte drawn from softmax(logits/0.8).
+// The whole context is computed again for each byte; generate.c does better.
+static void print_sample(Model *m, long seed) {
+  unsigned char text[512] = "\n";
+  int T = m->config.block_size, V = m->config.vocab_size;
+  double per_byte = model_flop(m, T, T) / 3;
+  int n = (int)MIN(240, MAX(40, 5e10 / per_byte));
+  real *logits = (real *)malloc(V * sizeof(real));
+  if (!logits) die("no memory for %d logits", V);
+  for (int i = 1; i <= n; i++) {
+    long start = MAX(0, i - MIN(T, m->rows));
+    ForwardOnly f = {m, 1, (int)(i - start)};
+    int token[512];
+    for (int t = 0; t < f.T; t++) token[t] = text[start + t];
+    copy_in(m->token, token, f.T * sizeof(int));
+    launch(forward_only, &f);
+    copy_out(logits, m->logits.data + (long)(f.T - 1) * V, V * sizeof(real));
+    double sum = 0, max = logits[0], draw = random_uniform(seed, i);
+    for (int v = 0; v < MIN(V, 256); v++) max = MAX(max, logits[v]);
+    for (int v = 0; v < MIN(V, 256); v++) sum += logits[v] = (real)exp((logits[v] - max) / 0.8);
+    int v = 0;
+    for (draw *= sum; v < MIN(V, 256) - 1 && draw >= logits[v]; v++) draw -= logits[v];
+    text[i] = (unsigned char)v;
+  }
+  printf("  | ");
+  for (int i = 1, from = 1; i <= n; i++)          // each line behind a bar
+    if (text[i] == '\n' || i == n) {
+      print_text(text + from, i - from, 1);
+      printf(i < n ? "\n  | " : "\n");
+      from = i + 1;
+    }
+  free(logits);
+}
+
+static void time_text(char *out, double t) {   // 1:02:03 or 2:03; out has 32 bytes
+  long s = t > 0 && t < 1e9 ? (long)(t + 0.5) : 0;
+  if (s >= 3600) snprintf(out, 32, "%ld:%02ld:%02ld", s / 3600, s / 60 % 60, s % 60);
+  else snprintf(out, 32, "%ld:%02ld", s / 60, s % 60);
+}
+
+static int by_value(const void *a, const void *b) {
+  double x = *(const double *)a, y = *(const double *)b;
+  return (x > y) - (x < y);
+}
+
+static double median_step(int arm) {   // seconds of an update; NaN if there was none
+  long n = 0;
+  double *t = (double *)malloc((run.rows + 1) * sizeof(double));
+  if (!t) die("no memory for %ld times", run.rows);
+  for (long i = 0; i < run.rows; i++)
+    if (run.row[i].arm == arm && run.row[i].update) t[n++] = run.row[i].step_seconds;
+  qsort(t, n, sizeof(double), by_value);
+  double median = n ? t[n / 2] : NAN;
+  free(t);
+  return median;
+}
+
+static const char LOG_HEAD[] = "arm,update,tokens,train_loss,train_accuracy,grad_norm,learning_rate,"
+                               "val_loss,val_accuracy,step_seconds,seconds\n";
+
+static void write_log(void) {
+  String s = {NULL, 0, 0};
+  append(&s, "%s", LOG_HEAD);
+  for (long i = 0; i < run.rows; i++) {
+    Row *r = &run.row[i];
+    append(&s, "%s,%ld,%ld,%.6f,%.6f,%.6f,%.6g,", run.arm[r->arm].name, r->update, r->tokens,
+           r->train_loss, r->train_accuracy, r->grad_norm, r->learning_rate);
+    if (isfinite(r->val_loss)) append(&s, "%.6f,%.6f", r->val_loss, r->val_accuracy);
+    else append(&s, ",");
+    append(&s, ",%.6f,%.3f\n", r->step_seconds, r->seconds);
+  }
+  write_text_file(opt.out, "log.csv", &s);
+  free(s.at);
+}
+
+// The rows of a log up to an update, when a run is resumed. A log that is not there, or is of
+// something else, costs the beginning of the curve and nothing more.
+static void read_log(Arm *arm, long last) {
+  char path[4096], line[512];
+  size_t name = strlen(arm->name);
+  join(path, opt.out, "log.csv");
+  FILE *file = fopen(path, "r");
+  while (file && fgets(line, sizeof line, file)) {
+    double value[11];
+    int fields = 0;
+    for (char *p = line; p && fields < 11; p = strchr(p, ','), p += p != NULL)
+      value[fields++] = *p == ',' || *p == '\n' ? NAN : strtod(p, NULL);
+    if (fields < 11 || strncmp(line, arm->name, name) || line[name] != ',') continue;
+    if (!(value[1] >= 0 && value[1] <= last)) continue;
+    Row row = {(int)(arm - run.arm), (long)value[1], (long)value[2], value[3], value[4], value[5],
+               value[6], value[7], value[8], value[9], value[10]};
+    add_row(row);
+    arm->seconds = row.seconds;
+    arm->loss = row.train_loss;
+  }
+  if (file) fclose(file);
+}
+
+// loss.svg: training and validation loss of each arm over the tokens seen, and the floor.
+typedef struct { double x0, x1, y0, y1; } Axes;   // the values at the edges of the plot
+enum { WIDTH = 880, HEIGHT = 500, LEFT = 64, RIGHT = 190, TOP = 52, BOTTOM = 56 };   // pixels
+static double plot_x(Axes a, double x) {
+  return LEFT + (x - a.x0) / (a.x1 - a.x0) * (WIDTH - LEFT - RIGHT);
+}
+static double plot_y(Axes a, double y) {
+  return TOP + (a.y1 - y) / (a.y1 - a.y0) * (HEIGHT - TOP - BOTTOM);
+}
+
+static double nice_step(double range) {   // 1, 2 or 5 times a power of ten: 4 to 10 to the range
+  double power = pow(10, floor(log10(range)));
+  return range / power >= 5 ? power : range / power >= 2 ? power / 2 : power / 5;
+}
+
+static void svg_text(String *s, double x, double y, const char *style, const char *text) {
+  append(s, "<text x=\"%.1f\" y=\"%.1f\" %s>%s</text>\n", x, y, style, text);
+}
+
+// The curve of an arm: each point is the mean of the values that fall on its two pixels' width, so
+// that a long run is no thicker than a short one. Returns the last value, NaN if there is none.
+static double svg_curve(String *s, Axes a, int arm, int val, const char *style) {
+  double last = NAN, sum = 0, n = 0, at = -1;
+  append(s, "<polyline fill=\"none\" %s points=\"", style);
+  for (long i = 0; i <= run.rows; i++) {
+    Row *r = i < run.rows ? &run.row[i] : NULL;
+    if (r && (r->arm != arm || !isfinite(val ? r->val_loss : r->train_loss))) continue;
+    double x = r ? floor(plot_x(a, r->tokens) / 2) * 2 : -2;
+    if (n && x != at) append(s, "%.1f,%.1f ", at, plot_y(a, last = sum / n));
+    if (x != at) sum = n = 0, at = x;
+    if (r) sum += val ? r->val_loss : r->train_loss, n++;
+  }
+  append(s, "\"/>\n");
+  return last;
+}
+
+static void svg_axes(String *s, Axes a) {
+  char label[64];
+  double step = nice_step(a.y1 - a.y0);
+  for (double y = ceil(a.y0 / step) * step; y <= a.y1 + 1e-9; y += step) {
+    append(s, "<path d=\"M%d %.1fH%d\" stroke=\"#e4e4e4\"/>\n", LEFT, plot_y(a, y), WIDTH - RIGHT);
+    snprintf(label, sizeof label, "%.*f", step < 0.1 ? 2 : 1, y);
+    svg_text(s, LEFT - 8, plot_y(a, y) + 4, "text-anchor=\"end\"", label);
+  }
+  step = nice_step(a.x1 - a.x0);
+  double unit = a.x1 >= 2e6 ? 1e6 : a.x1 >= 2e3 ? 1e3 : 1;
+  for (double x = 0; x <= a.x1 * (1 + 1e-9); x += step) {
+    snprintf(label, sizeof label, "%g%s", x / unit, x == 0 ? "" : unit == 1e6 ? " M"
+             : unit == 1e3 ? " K" : "");
+    append(s, "<path d=\"M%.1f %dv5\" stroke=\"#888\"/>\n", plot_x(a, x), HEIGHT - BOTTOM);
+    svg_text(s, plot_x(a, x), HEIGHT - BOTTOM + 20, "text-anchor=\"middle\"", label);
+  }
+  append(s, "<path d=\"M%d %dV%dH%d\" fill=\"none\" stroke=\"#888\"/>\n", LEFT, TOP,
+         HEIGHT - BOTTOM, WIDTH - RIGHT);
+  svg_text(s, (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 14, "text-anchor=\"middle\"", "tokens seen");
+  append(s, "<text transform=\"translate(18 %d) rotate(-90)\" text-anchor=\"middle\">"
+         "loss, nats per token</text>\n", (TOP + HEIGHT - BOTTOM) / 2);
+}
+
+static void write_plot(void) {
+  static const char *const color[] = {"#1f77b4", "#d1495b"};
+  Axes a = {0, 1, INFINITY, -INFINITY};
+  for (long i = 0; i < run.rows; i++) {
+    a.x1 = MAX(a.x1, run.row[i].tokens);
+    if (isfinite(run.row[i].train_loss)) a.y0 = MIN(a.y0, run.row[i].train_loss);
+    if (isfinite(run.row[i].val_loss)) a.y0 = MIN(a.y0, run.row[i].val_loss);
+    a.y1 = MAX(a.y1, MAX(run.row[i].val_loss, run.row[i].train_loss));
+  }
+  double floor_ = run.text.floor[1];
+  if (isfinite(floor_)) a.y0 = MIN(a.y0, floor_);
+  if (!(a.y1 > a.y0)) return;
+  a.y0 = MAX(0, a.y0 - 0.05 * (a.y1 - a.y0));
+  String s = {NULL, 0, 0};
+  append(&s, "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 %d %d\" "
+         "font-family=\"Helvetica, Arial, sans-serif\" font-size=\"13\" fill=\"#333\">\n"
+         "<rect width=\"%d\" height=\"%d\" fill=\"white\"/>\n", WIDTH, HEIGHT, WIDTH, HEIGHT);
+  char title[256], style[128], label[160];
+  snprintf(title, sizeof title, "%d layers, %d heads, %d channels, context %d, %s", opt.n_layer,
+           opt.n_head, opt.n_embd, opt.block_size, opt.optimizer);
+  svg_text(&s, LEFT, 28, "font-size=\"16\"", title);
+  svg_axes(&s, a);
+  if (isfinite(floor_)) {
+    append(&s, "<path d=\"M%d %.1fH%d\" stroke=\"#555\" stroke-dasharray=\"5 4\"/>\n", LEFT,
+           plot_y(a, floor_), WIDTH - RIGHT);
+    snprintf(label, sizeof label, "floor %.3f", floor_);
+    svg_text(&s, WIDTH - RIGHT + 8, plot_y(a, floor_) + 4, "fill=\"#555\"", label);
+  }
+  for (int arm = 0; arm < run.arms; arm++) {      // thin: training; thick: validation
+    snprintf(style, sizeof style, "stroke=\"%s\" stroke-width=\"1\" opacity=\"0.45\"", color[arm]);
+    svg_curve(&s, a, arm, 0, style);
+    snprintf(style, sizeof style, "stroke=\"%s\" stroke-width=\"2.5\"", color[arm]);
+    double val = svg_curve(&s, a, arm, 1, style);
+    snprintf(label, sizeof label, "%s%svalidation %.3f", run.arms == 2 ? run.arm[arm].name : "",
+             run.arms == 2 ? ", " : "", val);
+    snprintf(style, sizeof style, "fill=\"%s\" font-weight=\"bold\"", color[arm]);
+    svg_text(&s, WIDTH - RIGHT + 8, TOP + 14 + 44*arm, style, label);
+    snprintf(label, sizeof label, "thin: training %.3f", run.arm[arm].loss);
+    snprintf(style, sizeof style, "fill=\"%s\" opacity=\"0.8\"", color[arm]);
+    svg_text(&s, WIDTH - RIGHT + 8, TOP + 32 + 44*arm, style, label);
+  }
+  append(&s, "</svg>\n");
+  write_text_file(opt.out, "loss.svg", &s);
+  free(s.at);
+}
+
+// ---- Saving, resuming, evaluating
+
+// A string of JSON: quotes, backslashes and control characters escaped.
+static void append_json(String *s, const char *text) {
+  append(s, "\"");
+  for (; *text; text++)
+    if (*text == '"' || *text == '\\') append(s, "\\%c", *text);
+    else if ((unsigned char)*text < 32) append(s, "\\u%04x", *text);
+    else append(s, "%c", *text);
+  append(s, "\"");
+}
+
+static void append_options(String *metadata);    // room 10: ,"name":"value" for each
+
+static void save(Arm *arm) {
+  String s = {NULL, 0, 0};
+  append(&s, "{\"format\":\"pt\",\"step\":\"%ld\",\"text_bytes\":\"%ld\",\"val\":\"%a %a\"",
+         arm->updates, run.text.size, arm->val.loss, arm->val.accuracy);
+  append_options(&s);
+  append(&s, "}");
+  save_model(&arm->model, opt.out, s.at);
+  free(s.at);
+}
+
+// The value of a key in the metadata, in a buffer of 4096 bytes; 0 if it is not there.
+static int metadata_value(const Safetensors *st, const char *key, char *value) {
+  Json j = {st->path, st->metadata.at, st->metadata.at, st->metadata.at + st->metadata.size};
+  int first = 1, found = 0;
+  if (!st->metadata.size) return 0;
+  json_expect(&j, '{');
+  while (!found && json_more(&j, '}', &first)) {
+    Span name = json_string(&j);
+    json_expect(&j, ':');
+    Span text = json_string(&j);
+    if (!span_is(name, key)) continue;
+    long n = 0;
+    for (long i = 0; i < text.size && n < 4095; i++)
+      if (text.at[i] != '\\') value[n++] = text.at[i];
+      else if (text.at[++i] != 'u') value[n++] = text.at[i];
+      else value[n++] = (char)strtol(text.at + i + 1, NULL, 16), i += 4;
+    value[n] = 0;
+    found = 1;
+  }
+  return found;
+}
+
+static void resume(Arm *arm, const Safetensors *st) {
+  char step[4096], bytes[4096], val[4096];
+  if (!metadata_value(st, "step", step) || !metadata_value(st, "text_bytes", bytes) ||
+      !metadata_value(st, "val", val) ||
+      sscanf(val, "%la %la", &arm->val.loss, &arm->val.accuracy) != 2)
+    die("%s is not a saved state of this program", st->path);
+  if (atol(bytes) != run.text.size)
+    die("%s was saved in training on a text of %s bytes, %s has %ld: give the same text, or start "
+        "anew from the weights with --init %s --out another", st->path, bytes, run.text.path,
+        run.text.size, opt.out);
+  arm->updates = atol(step);
+  read_state(&arm->model, st);
+  read_log(arm, arm->updates);
+}
+
+static Score evaluate_arm(Arm *arm) {
+  arm->val = evaluate(&arm->model, &run.text, run.text.train_size, run.text.size, opt.block_size,
+                      run.on_terminal);
+  if (!isfinite(arm->val.loss))
+    die("step %ld: the validation loss is %g: the last good checkpoint is kept; lower "
+        "--learning_rate", arm->updates, arm->val.loss);
+  for (long i = run.rows - 1; i >= 0; i--)         // in the row of the last update
+    if (run.row[i].arm == arm - run.arm && run.row[i].update == arm->updates) {
+      run.row[i].val_loss = arm->val.loss;
+      run.row[i].val_accuracy = arm->val.accuracy;
+      return arm->val;
+    }
+  Row row = {(int)(arm - run.arm), arm->updates, tokens_of(arm), NAN, NAN, NAN, NAN, arm->val.loss,
+             arm->val.accuracy, NAN, arm->seconds};
+  add_row(row);                                    // before the first update
+  return arm->val;
+}
+
+// ---- What a person sees
+
+static void human(char *out, double x, const char *unit) {   // 834304 -> "834.3 K"; 32 bytes
+  const char *prefix[] = {"", " K", " M", " G", " T"};
+  int p = 0;
+  while (p < 4 && x >= 1000) x /= 1000, p++;
+  snprintf(out, 32, p ? "%.*f%s%s" : "%.*f%s %s", p ? (x < 10 ? 2 : x < 100 ? 1 : 0) : 0, x,
+           prefix[p], unit);
+}
+
+static void print_header(const char *device) {
+  const Model *m = &run.arm[0].model;
+  double batch = (double)opt.batch_size * opt.block_size, all = batch * opt.max_steps;
+  char count[32], bytes[32], tokens[32], flop[32];
+  if (run.arms == 1) all *= opt.accumulate, batch *= opt.accumulate;
+  human(count, m->count, "");
+  human(bytes, run.arms * model_bytes(m), "B");
+  human(tokens, all, "");
+  human(flop, model_flop(m, batch, opt.block_size), "FLOP");
+  printf("model   %s parameters: %d layers, %d heads, %d channels, context %d, vocabulary %d\n",
+         count, opt.n_layer, opt.n_head, opt.n_embd, opt.block_size, opt.vocab_size);
+  printf("text    %s: %ld bytes, %ld to train, %ld to validate", opt.text, run.text.size,
+         run.text.train_size, run.text.size - run.text.train_size);
+  if (isfinite(run.text.floor[1])) printf("; floor %.4f nats per byte", run.text.floor[1]);
+  printf("\nsteps   %d of %s, %.0f tokens (%d x %d x %d), %s each; %s tokens, %.1f passes\n",
+         opt.max_steps, opt.optimizer, batch, run.arms == 1 ? opt.accumulate : 1, opt.batch_size,
+         opt.block_size, flop, tokens, all / run.text.train_size);
+  printf("device  %s, threads %d, memory %s; results go to %s/\n", device, opt.threads, bytes,
+         opt.out);
+  fflush(stdout);
+}
+
+static double seconds_left(void) {
+  double done = 0, took = 0, left = 0;
+  for (int i = 0; i < run.arms; i++) done = run.arm[i].updates, took += run.arm[i].seconds;
+  done /= run.rounds;
+  if (done > 0) left = took / done * (1 - done);
+  return left;
+}
+
+static void print_progress(const Arm *arm, const char *end) {
+  char left[32];
+  double rate = arm->seconds > 0 ? tokens_of(arm) / arm->seconds : 0;
+  time_text(left, seconds_left());
+  printf("step %*ld/%d | train %.4f | val %.4f | lr %.2e | %.0f tokens/s | %s left%s",
+         (int)snprintf(NULL, 0, "%d", opt.max_steps), arm->updates, opt.max_steps, arm->loss,
+         arm->val.loss, learning_rate(arm->updates), rate, left, end);
+  fflush(stdout);
+}
+
+// After an update: on a terminal one line that changes, elsewhere a line now and then.
+static void show(const Arm *arm) {
+  if (run.on_terminal) {
+    if (seconds() < run.shown + 0.2) return;
+    run.shown = seconds();
+    printf("\r");
+    print_progress(arm, "\033[K");
+  } else if (arm->updates % MAX(1, opt.eval_interval / 5) == 0 && run.arms == 1)
+    print_progress(arm, "\n");
+}
+
+// ---- Single-step against multi-step: --compare K
+
+static void print_compare_head(void) {
+  printf("\n%10s | single-step: an update per micro-batch      | multi-step: an update per %d\n"
+         "%10s | %7s %7s %7s %5s %7s %5s | %7s %7s %7s %5s %7s %5s\n", "", opt.compare, "tokens",
+         "updates", "train", "val", "acc", "|grad|", "s", "updates", "train", "val", "acc", "|grad|",
+         "s");
+}
+
+static void print_compare_row(void) {
+  if (run.on_terminal) printf("\r\033[K");
+  printf("%10ld", tokens_of(&run.arm[0]));
+  for (int i = 0; i < 2; i++) {
+    Arm *a = &run.arm[i];
+    printf(" | %7ld %7.4f %7.4f %4.1f%% %7.3f %5.1f", a->updates, a->loss, a->val.loss,
+           100 * a->val.accuracy, a->norm, a->seconds);
+  }
+  printf("\n");
+  fflush(stdout);
+}
+
+// The validation loss of an arm after so many seconds of training, between two evaluations in
+// proportion.
+static double val_at_time(int arm, double t) {
+  double before = NAN, t_before = 0;
+  for (long i = 0; i < run.rows; i++) {
+    Row *r = &run.row[i];
+    if (r->arm != arm || !isfinite(r->val_loss)) continue;
+    if (r->seconds >= t && isfinite(before) && r->seconds > t_before)
+      return before + (r->val_loss - before) * (t - t_before) / (r->seconds - t_before);
+    before = r->val_loss;
+    t_before = r->seconds;
+  }
+  return before;
+}
+
+static const char *ahead(double single, double multi) {
+  return single < multi ? "single-step is ahead" : multi < single ? "multi-step is ahead"
+                                                                  : "neither is ahead";
+}
+
+static void print_verdict(void) {
+  Arm *s = &run.arm[0], *m = &run.arm[1];
+  double t = MIN(s->seconds, m->seconds), s_time = val_at_time(0, t), m_time = val_at_time(1, t);
+  double s_equal = s->val_at_equal_updates.loss;
+  printf("\nAt equal tokens (%ld each), single-step made %ld updates and has validation loss %.4f, "
+         "multi-step made %ld and has %.4f: %s by %.4f. ", tokens_of(s), s->updates, s->val.loss,
+         m->updates, m->val.loss, ahead(s->val.loss, m->val.loss), fabs(s->val.loss - m->val.loss));
+  printf("At equal updates (%ld each), single-step had seen 1/%d of the tokens and had %.4f, "
+         "multi-step %.4f: %s by %.4f. ", m->updates, opt.compare, s_equal, m->val.loss,
+         ahead(s_equal, m->val.loss), fabs(s_equal - m->val.loss));
+  printf("At equal time (%.1f s of training each), single-step had %.4f, multi-step %.4f: %s by "
+         "%.4f; a token cost %.2f and %.2f us. ", t, s_time, m_time, ahead(s_time, m_time),
+         fabs(s_time - m_time), s->seconds / tokens_of(s) * 1e6, m->seconds / tokens_of(m) * 1e6);
+  printf("Both arms had the same start, tokens, and learning rate at each token; one seed is one "
+         "sample, so differences as small as those between seeds mean nothing.\n\n");
+}
+
+// ---- The training loop
+
+static void prepare(Safetensors *state) {
+  Config config = {opt.n_layer, opt.n_head, opt.n_embd, opt.block_size, opt.vocab_size};
+  const char *device = device_start(opt.threads);
+  device_precision(opt.precision);
+  run.arms = opt.compare ? 2 : 1;
+  run.round_size = opt.compare ? opt.compare : opt.accumulate;
+  run.rounds = opt.compare ? opt.max_steps / opt.compare : opt.max_steps;
+  run.on_terminal = isatty(1);
+  run.arm[0].name = opt.compare ? "single" : "train";
+  run.arm[1].name = "multi";
+  run.arm[0].accumulate = opt.compare ? 1 : opt.accumulate;
+  run.arm[1].accumulate = opt.compare;
+  for (int i = 0; i < run.arms; i++)
+    model_plan(&run.arm[i].model, config, opt.batch_size * opt.block_size, 1, 0);
+  double needed = run.arms * model_bytes(&run.arm[0].model), there = device_memory();
+  if (there && needed > there)
+    die("the model and its batch need %.1f GB, the machine has %.1f GB: lower --batch_size, "
+        "--block_size, --n_embd or --n_layer", needed / 1e9, there / 1e9);
+  print_header(device);
+  for (int i = 0; i < run.arms; i++) {
+    Model *m = &run.arm[i].model;
+    model_allocate(m);
+    if (opt.init) read_weights(m, opt.init);
+    else if (!state) model_init(m, opt.seed);
+  }
+  if (state) resume(&run.arm[0], state);
+}
+
+static void evaluate_and_save(int final) {
+  for (int i = 0; i < run.arms; i++) evaluate_arm(&run.arm[i]);
+  if (run.on_terminal) printf("\r\033[K");
+  if (run.arms == 2) print_compare_row();
+  else {
+    print_progress(&run.arm[0], "\n");
+    print_sample(&run.arm[0].model, run.arm[0].updates);
+    if (run.arm[0].updates) save(&run.arm[0]);
+  }
+  if (run.arm[0].updates || final) write_log(), write_plot();
+}
+
+// The updates of one arm in a round, and a look at what came of them when it is time: always on a
+// CPU, where it costs nothing; on a GPU looking means waiting, so it is done every STEPS_AHEAD.
+#ifndef STEPS_AHEAD
+#define STEPS_AHEAD 1
+#endif
+static void train_arm(Arm *arm, int evaluation_follows) {
+  for (int k = arm->accumulate; k <= run.round_size; k += arm->accumulate) {
+    if (arm->looked_at == arm->updates) arm->since = seconds();
+    update(arm, learning_rate((double)arm->updates * (run.arms == 2 ? arm->accumulate : 1)));
+    int last = k == run.round_size && (evaluation_follows || run.arms == 2);
+    if (arm->updates - arm->looked_at >= STEPS_AHEAD || last || interrupted) {
+      read_stats(arm, arm->looked_at, seconds() - arm->since);
+      arm->looked_at = arm->updates;
+      show(arm);
+    }
+    if (run.arms == 2 && arm == run.arm && arm->updates == run.rounds)
+      arm->val_at_equal_updates = evaluate_arm(arm);
+  }
+}
+
+static void print_last_line(void) {
+  Arm *arm = &run.arm[0];
+  double tokens = (double)arm->accumulate * opt.batch_size * opt.block_size, t = median_step(0);
+  printf("step %ld | train %.4f | val %.4f | %.2f ms/step | %.0f tokens/s | %.1f GFLOP/s | "
+         "threads %d\n", arm->updates, arm->loss, arm->val.loss, t * 1e3, tokens / t,
+         model_flop(&arm->model, tokens, opt.block_size) / t * 1e-9, opt.threads);
+}
+
+static void print_profile(void);
+
+// Trains, from the start or from a saved state. Returns the exit code: 130 after Ctrl-C.
+static int train(Safetensors *state) {
+  prepare(state);
+  signal(SIGINT, on_interrupt);
+  signal(SIGTERM, on_interrupt);
+  if (run.arms == 2) print_compare_head();
+  lap(NULL, 0, 0);
+  int every = opt.compare ? MAX(1, opt.eval_interval / opt.compare) : opt.eval_interval;
+  for (long round = run.arm[0].updates; !interrupted; round++) {
+    int done = round >= run.rounds;
+    if (opt.eval_interval && (done || round % every == 0)) evaluate_and_save(done);
+    if (done) break;
+    for (int i = 0; i < run.arms; i++)
+      train_arm(&run.arm[i], round + 1 == run.rounds || (every && (round + 1) % every == 0));
+  }
+  if (run.arms == 1 && (interrupted || !opt.eval_interval)) save(&run.arm[0]);
+  if (interrupted || !opt.eval_interval) write_log(), write_plot();
+  if (interrupted) {
+    printf("\nstopped after step %ld%s\n", run.arm[0].updates,
+           run.arms == 1 ? ", which is saved: go on with --resume" : "");
+    return 130;
+  }
+  if (run.arms == 2) print_verdict();
+  print_profile();
+  print_last_line();
+  for (int i = 0; i < run.arms; i++) model_free(&run.arm[i].model);
+  return 0;
+}
+
+// --eval: the loss of all of TEXT under the model in --out. T: 0, or a shorter window.
+static int evaluate_text(Config config, int T) {
+  device_start(opt.threads);
+  device_precision(opt.precision);
+  Model m;
+  Text text = text_open(opt.text, config.vocab_size);
+  model_plan(&m, config, opt.batch_size * T, 0, 0);
+  if (text.size < T + 1)
+    die("%s has %ld bytes, a window takes %d: lower --block_size", opt.text, text.size, T + 1);
+  model_allocate(&m);
+  read_weights(&m, opt.out);
+  Score score = evaluate(&m, &text, 0, text.size, T, isatty(2));
+  printf("text %s: %ld windows of %d tokens\nperplexity %.4f\nbits per byte %.6f\naccuracy %.4f\n"
+         "loss %.6f\n", opt.text, (text.size - 1) / T, T, exp(score.loss), score.loss / log(2),
+         score.accuracy, score.loss);
+  model_free(&m);
+  return 0;
+}
+
+// ---- Where the time went: --profile
+
+static struct { const char *name; long calls; double seconds, flop, bytes; } profile[64];
+
+static void profile_add(const char *name, double seconds, double flop, double bytes) {
+  int i = 0;
+  while (i < 63 && profile[i].name && strcmp(profile[i].name, name)) i++;
+  profile[i].name = name;
+  profile[i].calls++;
+  profile[i].seconds += seconds; profile[i].flop += flop; profile[i].bytes += bytes;
+}
+
+static void print_profile(void) {
+  double all = 0;
+  for (int i = 0; profile[i].name; i++) all += profile[i].seconds;
+  if (!profiling || !all) return;
+  printf("\n%-24s %9s %10s %7s %10s %8s\n", "layer", "calls", "ms", "share", "GFLOP/s", "GB/s");
+  for (int i = 0; profile[i].name; i++) {
+    double s = profile[i].seconds;
+    printf("%-24s %9ld %10.2f %6.1f%%", profile[i].name, profile[i].calls, s * 1e3, 100 * s / all);
+    if (profile[i].flop) printf(" %10.1f", profile[i].flop / s * 1e-9);
+    else printf(" %10s", "");
+    if (profile[i].bytes) printf(" %8.1f", profile[i].bytes / s * 1e-9);
+    printf("\n");
+  }
+  printf("%-24s %9s %10.2f %6.1f%%\n\n", "all layers", "", all * 1e3, 100.0);
+}
+
+// ---- 10. Options and main ---------------------------------------------------------------------
+
+// One row an option: the parser, --help and the saved state all read this table.
+enum Kind { FLAG, INTEGER, NUMBER, TEXT };
+typedef struct {
+  const char *name;
+  enum Kind kind;
+  void *value;             // int, int, double or const char *
+  const char *initial;     // as it would be typed; NULL: none
+  double low, high;
+  int saved;               // 1: part of the state; 2: and cannot change when a run is resumed
+  const char *help;
+  int given;
+} Option;
+
+static Option train_options[] = {
+  {"out", TEXT, &opt.out, "run", 0, 0, 0, "folder of the checkpoint, log.csv and loss.svg", 0},
+  {"n_layer", INTEGER, &opt.n_layer, "4", 1, 1000, 2, "layers", 0},
+  {"n_head", INTEGER, &opt.n_head, "4", 1, 1000, 2, "heads of attention; they divide n_embd", 0},
+  {"n_embd", INTEGER, &opt.n_embd, "128", 1, 65536, 2, "channels", 0},
+  {"block_size", INTEGER, &opt.block_size, "64", 1, 1048576, 2, "context, in tokens", 0},
+  {"batch_size", INTEGER, &opt.batch_size, "12", 1, 65536, 1, "sequences in a micro-batch", 0},
+  {"accumulate", INTEGER, &opt.accumulate, "1", 1, 1000000, 1, "micro-batches in an update", 0},
+  {"max_steps", INTEGER, &opt.max_steps, "2000", 0, 1e9, 1, "updates", 0},
+  {"optimizer", TEXT, &opt.optimizer, "adamw", 0, 0, 2,
+   "sgd, momentum, adagrad, adadelta, rmsprop, adam or adamw", 0},
+  {"vocab_size", INTEGER, &opt.vocab_size, "256", 1, 1e7, 2,
+   "words; over 256 only to time a larger head", 0},
+  {"learning_rate", NUMBER, &opt.learning_rate, "1e-3", 0, 1e6, 1, "at its highest", 0},
+  {"min_lr", NUMBER, &opt.min_lr, "1e-4", 0, 1e6, 1, "at the end of its cosine decay", 0},
+  {"warmup", INTEGER, &opt.warmup, "100", 0, 1e9, 1, "updates of linear warmup", 0},
+  {"weight_decay", NUMBER, &opt.weight_decay, "0.1", 0, 1e3, 1, "of matrices", 0},
+  {"beta1", NUMBER, &opt.beta1, "0.9", 0, 0.999999, 1, "memory of adam's mean, and momentum's", 0},
+  {"beta2", NUMBER, &opt.beta2, "0.99", 0, 0.999999, 1,
+   "memory of adam's squares, rmsprop's and adadelta's", 0},
+  {"grad_clip", NUMBER, &opt.grad_clip, "1.0", 0, 1e9, 1, "largest norm of a gradient; 0: any", 0},
+  {"eval_interval", INTEGER, &opt.eval_interval, "250", 0, 1e9, 1,
+   "updates from one evaluation, with sample and save, to the next; 0: save at the end only", 0},
+  {"seed", INTEGER, &opt.seed, "1337", 0, 2147483647, 1, "of weights and batches", 0},
+  {"threads", INTEGER, &opt.threads, NULL, 1, 1024, 0, "threads (all cores if not given)", 0},
+  {"precision", TEXT, &opt.precision, "fp32", 0, 0, 1, "of matmul: fp32; on a GPU also tf32", 0},
+  {"resume", FLAG, &opt.resume, NULL, 0, 0, 0, "go on from the last save in --out", 0},
+  {"init", TEXT, &opt.init, NULL, 0, 0, 0, "start from the weights of a GPT-2 folder", 0},
+  {"compare", INTEGER, &opt.compare, NULL, 2, 1000000, 0,
+   "train twice: an update per micro-batch, and one per this many, side by side", 0},
+  {"eval", FLAG, &opt.eval, NULL, 0, 0, 0, "print the loss of all of TEXT under --out, and end", 0},
+  {"profile", FLAG, &opt.profile, NULL, 0, 0, 0, "print where the time went, at the end", 0},
+  {NULL, FLAG, NULL, NULL, 0, 0, 0, NULL, 0}};
+
+// The least number of letters to insert, delete or change to make b of a (Levenshtein 1966).
+static int edit_distance(const char *a, const char *b) {
+  int row[64], m = (int)MIN(strlen(b), 63);
+  for (int j = 0; j <= m; j++) row[j] = j;
+  for (int i = 1; a[i - 1]; i++) {
+    int diagonal = row[0];
+    row[0] = i;
+    for (int j = 1; j <= m; j++) {
+      int change = diagonal + (a[i - 1] != b[j - 1]);
+      diagonal = row[j];
+      row[j] = MIN(change, MIN(row[j], row[j - 1]) + 1);
+    }
+  }
+  return row[m];
+}
+
+static void set_option(Option *o, const char *text) {
+  char *end = NULL;
+  if (o->kind == FLAG) { *(int *)o->value = 1; return; }
+  if (o->kind == TEXT) { *(const char **)o->value = text; return; }
+  double x = strtod(text, &end);
+  if (end == text || *end || !(x >= o->low && x <= o->high) ||
+      (o->kind == INTEGER && x != floor(x)))
+    die("--%s %s: expected a %snumber from %g to %g", o->name, text,
+        o->kind == INTEGER ? "whole " : "", o->low, o->high);
+  if (o->kind == INTEGER) *(int *)o->value = (int)x;
+  else *(double *)o->value = x;
+}
+
+static void print_help(const Option *table, const char *usage) {
+  printf("%s\n", usage);
+  for (const Option *o = table; o->name; o++) {
+    char name[64];
+    snprintf(name, sizeof name, "--%s %s", o->name, o->kind == FLAG ? "" : o->initial ? o->initial
+             : o->kind == TEXT ? "TEXT" : "N");
+    printf("  %-24s %s", name, o->help);
+    if (o->kind == INTEGER || o->kind == NUMBER) printf(" (%g to %g)", o->low, o->high);
+    printf("\n");
+  }
+}
+
+// Sets the options of a table from the command line; --help prints them and ends the program.
+// What is no option is stored in words[0..most-1]; returns how many there were.
+static int parse_options(Option *table, int argc, char **argv, const char *usage,
+                         const char **words, int most) {
+  int n = 0;
+  for (Option *o = table; o->name; o++)
+    if (o->initial) set_option(o, o->initial);
+  for (int i = 1; i < argc; i++) {
+    if (strncmp(argv[i], "--", 2)) {
+      if (n == most) die("%s: one word too many; --help shows what is expected", argv[i]);
+      words[n++] = argv[i];
+      continue;
+    }
+    if (!strcmp(argv[i], "--help")) { print_help(table, usage); exit(0); }
+    char name[64];
+    const char *value = strchr(argv[i], '=');
+    snprintf(name, sizeof name, "%.*s", value ? (int)MIN(value - argv[i] - 2, 63) : 63, argv[i] + 2);
+    Option *o = table, *near = table;
+    for (; o->name && strcmp(o->name, name); o++)
+      if (edit_distance(name, o->name) < edit_distance(name, near->name)) near = o;
+    if (!o->name) die("--%s is no option; the nearest is --%s, --help lists all", name, near->name);
+    if (o->kind == FLAG && value) die("--%s takes no value, it was given %s", name, value + 1);
+    if (o->kind != FLAG && !value && ++i == argc) die("--%s needs a value", name);
+    set_option(o, value ? value + 1 : argv[i]);
+    o->given = 1;
+  }
+  return n;
+}
+
+#ifndef NO_MAIN
+static void append_options(String *s) {
+  append(s, ",\"text\":");
+  append_json(s, opt.text);
+  for (Option *o = train_options; o->name; o++) {
+    if (!o->saved) continue;
+    append(s, ",\"%s\":", o->name);
+    if (o->kind == TEXT) append_json(s, *(const char **)o->value);
+    else if (o->kind == NUMBER) append(s, "\"%.17g\"", *(double *)o->value);
+    else append(s, "\"%d\"", *(int *)o->value);
+  }
+}
+
+// The options of the run that was saved hold unless others are given now; sizes cannot change.
+static void read_options(const Safetensors *st) {
+  char value[4096], text[4096];
+  for (Option *o = train_options; o->name; o++) {
+    if (!o->saved || !metadata_value(st, o->name, value)) continue;
+    int whole = *(int *)o->value;
+    const char *words = o->kind == TEXT ? *(const char **)o->value : "";
+    if (o->given && o->saved == 2 && (o->kind == TEXT ? strcmp(words, value) : whole != atoi(value)))
+      die("--resume with --%s %.0d%s, but %s has %s: leave the option out, or start anew without "
+          "--resume", o->name, o->kind == TEXT ? 0 : whole, words, st->path, value);
+    if (!o->given) set_option(o, o->kind == TEXT ? strdup(value) : value);
+  }
+  if (!opt.text && metadata_value(st, "text", text)) opt.text = strdup(text);
+}
+
+static void use_config(Config c, const char *folder) {   // its sizes, unless others were asked for
+  const struct { const char *name; int value; } sizes[] = {
+    {"n_layer", c.n_layer}, {"n_head", c.n_head}, {"n_embd", c.n_embd},
+    {"block_size", c.block_size}, {"vocab_size", c.vocab_size}};
+  for (int i = 0; i < 5; i++)
+    for (Option *o = train_options; o->name; o++) {
+      if (strcmp(o->name, sizes[i].name)) continue;
+      if (o->given && *(int *)o->value != sizes[i].value)
+        die("--%s %d, but the model in %s has %d: leave the option out", o->name,
+            *(int *)o->value, folder, sizes[i].value);
+      *(int *)o->value = sizes[i].value;
+    }
+}
+
+static void check_options(void) {
+  int known = 0;
+  for (int i = 0; i < N_OPTIMIZERS; i++) known |= !strcmp(opt.optimizer, OPTIMIZER[i]);
+  if (!known) die("--optimizer %s: expected sgd, momentum, adagrad, adadelta, rmsprop, adam or adamw",
+                  opt.optimizer);
+  if (opt.n_embd % opt.n_head)
+    die("--n_embd %d is not divisible by --n_head %d: each head needs as many channels", opt.n_embd,
+        opt.n_head);
+  if ((double)opt.batch_size * opt.block_size * opt.n_embd * 4 > 2147483647.0 * 64)
+    die("--batch_size %d x --block_size %d is too many tokens at once: lower one, raise --accumulate",
+        opt.batch_size, opt.block_size);
+  if (opt.compare && (opt.resume || opt.accumulate > 1))
+    die("--compare sets its own accumulation and is not resumed: leave out --accumulate and --resume");
+  if (opt.compare && opt.max_steps < opt.compare)
+    die("--compare %d needs at least that many --max_steps, not %d", opt.compare, opt.max_steps);
+  if (opt.compare) opt.max_steps -= opt.max_steps % opt.compare;
+  if (opt.resume && opt.init) die("--resume goes on, --init starts: leave one out");
+}
+
+static void check_text(void) {
+  run.text = text_open(opt.text, opt.vocab_size);
+  long least = MIN(run.text.train_size, run.text.size - run.text.train_size), T = opt.block_size;
+  if (least < T + 1)
+    die("%s has %ld bytes, %ld to train and %ld to validate, but a window takes %ld: use a longer "
+        "text or a smaller --block_size", opt.text, run.text.size, run.text.train_size,
+        run.text.size - run.text.train_size, T + 1);
+}
+
+static void make_folder(const char *path) {       // that can be written in
+  if (mkdir(path, 0777) && errno != EEXIST)
+    die("--out %s cannot be made: %s", path, strerror(errno));
+  char probe[4096];
+  join(probe, path, "probe.tmp");
+  FILE *file = fopen(probe, "wb");
+  if (!file) die("--out %s cannot be written in: %s", path, strerror(errno));
+  fclose(file);
+  unlink(probe);
+}
+
+static const char USAGE[] =
+  "usage: train [TEXT] [options]\n\n"
+  "Trains a GPT on a text: any file, a token is a byte. TEXT is data/tales.txt if not given.\n"
+  "An option is written --name value or --name=value; shown with the value it has if not given.\n";
+
+int main(int argc, char **argv) {
+  opt.threads = (int)MAX(1, MIN(1024, sysconf(_SC_NPROCESSORS_ONLN)));
+  parse_options(train_options, argc, argv, USAGE, &opt.text, 1);
+  profiling = opt.profile;
+  char path[4096];
+  Safetensors state;
+  if (opt.resume) {
+    join(path, opt.out, "state.safetensors");
+    state = safetensors_open(path);
+    read_options(&state);
+  }
+  if (!opt.text) opt.text = "data/tales.txt";
+  if (opt.eval) {
+    Config config = read_config(opt.out);
+    int given = 0;
+    for (Option *o = train_options; o->name; o++) given |= o->given && !strcmp(o->name, "block_size");
+    if (given && opt.block_size > config.block_size)
+      die("--block_size %d, but the model in %s has %d", opt.block_size, opt.out, config.block_size);
+    return evaluate_text(config, given ? opt.block_size : config.block_size);
+  }
+  if (opt.init) use_config(read_config(opt.init), opt.init);
+  check_options();
+  check_text();
+  make_folder(opt.out);
+  return train(opt.resume ? &state : NULL);
+}
+#endif   // NO_MAIN
