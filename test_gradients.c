@@ -53,8 +53,9 @@ typedef struct {
   int updates, accumulate;                // each update takes the next `accumulate` pieces
   int optimizer, recipe, separate;
   double learning_rate, weight_decay, grad_clip;
+  long n;                                 // how many weights
   double *weights;                        // before; then after
-  double *grad, *dembedding;              // of the last update, of the last piece; may be NULL
+  double *grad;                           // of the last update
   double loss[MOST_MICRO], norm[MOST_MICRO], change[MOST_MICRO];   // after each piece
 } Trial;
 typedef struct { const char *name; void (*run)(Trial *); } Backend;
@@ -65,6 +66,11 @@ extern "C" {
 extern const Backend c_float, c_double, gpu_float;
 #ifdef __cplusplus
 }
+#endif
+#ifdef KERNELS
+#define IN_FLOAT &gpu_float
+#else
+#define IN_FLOAT &c_float
 #endif
 
 // ---- 1. Finite differences --------------------------------------------------------------------
@@ -357,6 +363,7 @@ typedef struct {
   void (*plain)(Shape s, double **x, const int *ids);
   double stress;
   Role role[MOST_TENSORS];
+  double worst;        // of the relative errors found; -1: not checked
 } Layer;
 
 typedef struct {
@@ -384,7 +391,7 @@ static Affine affine(Tensor weight, Tensor bias) { Affine p = {weight, bias}; re
   static void name##_forward_case(void *argument) { CASE_NAMES name##_forward arguments; }         \
   static void name##_backward_case(void *argument) { CASE_NAMES name##_backward arguments; }       \
   static Layer name##_layer = {#name, name##_forward_case, name##_backward_case, plain, stress,    \
-                               {__VA_ARGS__}};                                                     \
+                               {__VA_ARGS__}, -1};                                                     \
   __attribute__((constructor)) static void name##_register(void) {                                 \
     layers[n_layers++] = &name##_layer;                                                            \
   }
@@ -408,7 +415,7 @@ static void layernorm_plain(Shape s, double **x, const int *ids) {
                       + x[4][c];
   }
 }
-LAYER(layernorm, 1000, layernorm_plain, (t[0], t[1], t[2], affine(t[3], t[4]), N, C),
+LAYER(layernorm, 100, layernorm_plain, (t[0], t[1], t[2], affine(t[3], t[4]), N, C),
       {"out", 'N', 'C', OUTPUT}, {"stats", 'N', 2, STASH}, {"x", 'N', 'C', ADDS},
       {"weight", 'C', 1, ADDS}, {"bias", 'C', 1, ADDS})
 
@@ -634,7 +641,7 @@ static int differs_less(Slope a, Slope b) {   // false if a is NaN
 // A tensor too large to move every number: all are moved at once, along a random direction. If the
 // slope is not the one that the gradient promises, half of them are moved, and a half of that half,
 // always the half that differs more: a wrong element is found in few steps.
-static void check_directions(Case *c, int i, const double *got, Comparison row) {
+static double check_directions(Case *c, int i, const double *got, Comparison row) {
   long n = count_in(c, i), begin = 0, end = n;
   double *direction = numbers(n);
   for (long j = 0; j < n; j++) direction[j] = random_normal(400 + i, j);
@@ -655,19 +662,21 @@ static void check_directions(Case *c, int i, const double *got, Comparison row) 
     printf("    a wrong one is [%ld,%ld]: %.6g, not %.6g\n", begin / row.cols, begin % row.cols,
            got[begin], half.found / direction[begin]);
   free(direction);
+  return error;
 }
 
-static void check_elements(Case *c, int i, const double *got, Comparison row) {
+static double check_elements(Case *c, int i, const double *got, Comparison row) {
   long n = count_in(c, i);
   double *want = numbers(n);
   for (long j = 0; j < n; j++) want[j] = slope(function_of(c), c->t[i].data + j, 1, NULL);
   row.got = got; row.want = want;
   row.before = c->layer->role[i].duty == ADDS ? c->grad[i] : NULL;
-  judge(row);
+  double error = judge(row);
   free(want);
+  return error;
 }
 
-static void check_layer(const Layer *layer, Shape s, int every_element) {
+static void check_layer(Layer *layer, Shape s, int every_element) {
   Case *c = make_case(layer, s);
   Comparison row = {layer->name, NULL, 0, 0, NULL, NULL, NULL, &c->s, BAR};
   check_forward(c, row);
@@ -683,8 +692,8 @@ static void check_layer(const Layer *layer, Shape s, int every_element) {
     row.rows = rows_in(c, i); row.cols = cols_in(c, i);
     get(got, c->t[i].grad, count_in(c, i));
     for (long j = 0; duty == ADDS && j < count_in(c, i); j++) got[j] -= c->grad[i][j];
-    if (every_element) check_elements(c, i, got, row);
-    else check_directions(c, i, got, row);
+    double error = (every_element ? check_elements : check_directions)(c, i, got, row);
+    layer->worst = MAX(layer->worst, error);
     free(got);
   }
   free_case(c);
@@ -693,7 +702,7 @@ static void check_layer(const Layer *layer, Shape s, int every_element) {
 // Sizes that no tile, vector or block divides; and sizes beyond one of each, in every direction.
 static const Shape SMALL = {3, 7, 24, 3, 29, 10}, LARGE = {3, 135, 150, 3, 301, 77};
 
-static void check_layers(char **names, int n_names) {
+static void check_layers(const char **names, int n_names) {
   printf("Layers. Every number of every input is moved (B 3, T 7, C 24, H 3, V 29, O 10); in sizes\n"
          "beyond a tile (B 3, T 135, C 150, H 3, V 301, O 77) all at once, along a random slope.\n");
   heading("backward", "finite diff.");
@@ -706,13 +715,1011 @@ static void check_layers(char **names, int n_names) {
   }
 }
 
+// ---- 3. The whole model -----------------------------------------------------------------------
+// A GPT of 4000 parameters on a text of 29 letters, with weights so large that each layer matters.
+
+static const char POEM[] =
+  "tell me not, in mournful numbers, life is but an empty dream. for the soul is dead that slumbers, "
+  "and things are not what they seem. life is real, life is earnest, and the grave is not its goal. "
+  "dust thou art, to dust returnest, was not spoken of the soul. ";   // Longfellow 1838
+enum { LETTERS = 29, POEM_SIZE = sizeof POEM - 1 };
+static const Config TINY = {2, 3, 12, 8, LETTERS};   // L 2, H 3, C 12, T up to 8, V 29
+
+static unsigned char letter_at(int i) {
+  const char *order = "abcdefghijklmnopqrstuvwxyz ,.";
+  return (unsigned char)(strchr(order, POEM[i % POEM_SIZE]) - order);
+}
+
+// The tokens of a micro-batch go to the device, each with the next one as its target.
+static void load_piece(Model *m, Piece p) {
+  unsigned char text[2 * POEM_SIZE];
+  long start[64];
+  assert(p.B <= 64 && p.at + p.B * p.T < (int)sizeof text);
+  for (int i = 0; i < (int)sizeof text; i++) text[i] = letter_at(i);
+  for (int b = 0; b < p.B; b++) start[b] = p.at + b * p.T;
+  load_windows(m, text, start, p.B, p.T);
+}
+
+static void put_parameters(Model *m, const double *packed) {
+  for (int i = 0; i < m->n_parameters; packed += entry_count(&m->parameter[i++]))
+    put(m->parameter[i].tensor->data, packed, entry_count(&m->parameter[i]));
+}
+
+static void get_parameters(double *packed, const Model *m, int grad) {
+  for (int i = 0; i < m->n_parameters; packed += entry_count(&m->parameter[i++])) {
+    Tensor *t = m->parameter[i].tensor;
+    get(packed, grad ? t->grad : t->data, entry_count(&m->parameter[i]));
+  }
+}
+
+static double *random_parameters(const Model *m) {   // packed
+  double *all = numbers(m->count), *w = all;
+  for (int i = 0; i < m->n_parameters; i++) {
+    const Entry *e = &m->parameter[i];
+    int scale = !e->cols && strstr(e->name, "weight");   // of a layernorm: around 1
+    for (long j = 0; j < entry_count(e); j++) *w++ = scale + 0.3 * random_normal(500 + i, j);
+  }
+  return all;
+}
+
+static void zero_gradients(void *model) {
+  zero(((Model *)model)->weights.grad, ((Model *)model)->n_weights);
+}
+
+static void open_model(Model *m, Config config, int rows, int separate) {
+  model_plan(m, config, rows, 1, separate);
+  model_allocate(m);
+}
+
+// The layers between a tensor's gradient and that of the next in backward order.
+static const char *suspects(const char *name) {
+  const char *table[][2] = {
+    {"ln_f", "crossentropy_backward, dx of head_backward, or layernorm_backward"},
+    {"mlp.c_proj", "dx of the layernorm_backward above, residual_backward, or dw of linear_backward"},
+    {"mlp.c_fc", "dx of linear_backward above, gelu_backward, or dw of linear_backward"},
+    {"ln_2", "dx of linear_backward above, or dw of layernorm_backward"},
+    {"attn.c_proj", "dx of layernorm_backward above, residual_backward, or dw of linear_backward"},
+    {"attn.c_attn", "dx of linear_backward above, attention_backward, or dw of linear_backward"},
+    {"ln_1", "dx of linear_backward above, or dw of layernorm_backward"},
+    {"wpe", "dx of layernorm_backward above, residual_backward, or embedding_backward"},
+    {"wte", "embedding_backward, or dwte of head_backward: both add to it, since it is tied"}};
+  for (int i = 0; i < 9; i++) if (strstr(name, table[i][0])) return table[i][1];
+  return "";
+}
+
+// Says which layer is guilty. right[i]: whether parameter i's gradient is.
+static void accuse(const Model *m, const char *right) {
+  const char *above = NULL, *guilty = NULL;
+  int only_wte = 1;
+  for (int i = m->n_parameters - 1; i >= 0 && !guilty; i--) {   // wpe and wte come last in backward
+    if (right[i]) above = m->parameter[i].name;
+    else guilty = m->parameter[i].name;
+  }
+  for (int i = 1; i < m->n_parameters; i++) only_wte &= right[i];
+  if (!guilty) return;
+  if (only_wte) printf("  All are right but %s", guilty);
+  else if (above) printf("  In backward order %s is right, then %s is wrong", above, guilty);
+  else printf("  %s, the first in backward order, is wrong", guilty);
+  printf(": look at\n  %s", suspects(guilty));
+  printf(*first_failure ? ". (The first failure in the tables: %s.)\n" : ".\n", first_failure);
+}
+
+typedef struct { Model m; MicroBatch batch; Piece piece; double *upstream; } Whole;
+
+static Function loss_of(Whole *w) {
+  Function f = {forward_only, &w->batch, w->m.loss.data, w->upstream, w->batch.B * w->batch.T};
+  return f;
+}
+
+static void open_whole(Whole *w, Piece piece, int separate) {
+  int N = piece.B * piece.T;
+  open_model(&w->m, TINY, N, separate);
+  double *weights = random_parameters(&w->m);
+  put_parameters(&w->m, weights);
+  free(weights);
+  load_piece(&w->m, piece);
+  MicroBatch batch = {&w->m, piece.B, piece.T, (real)1 / N};
+  w->batch = batch;
+  w->piece = piece;
+  w->upstream = numbers(N);
+  for (int n = 0; n < N; n++) w->upstream[n] = 1.0 / N;
+}
+
+static void close_whole(Whole *w) {
+  model_free(&w->m);
+  free(w->upstream);
+}
+
+// In the emulator a forward pass takes a thousand times as long, so there each tensor is moved as a
+// whole, and its elements are compared with train.c's, which are proven one by one.
+#ifdef KERNELS
+enum { EVERY_ELEMENT = 0 };
+#else
+enum { EVERY_ELEMENT = 1 };
+#endif
+
+static double check_parameter(Whole *w, int i, const double *got) {
+  Entry *e = &w->m.parameter[i];
+  long n = entry_count(e);
+  Shape shape = {w->piece.B, w->piece.T, TINY.n_embd, TINY.n_head, LETTERS, 0};
+  Comparison row = {e->name, "", e->rows, MAX(1, e->cols), NULL, NULL, NULL, &shape, BAR};
+  double *want = numbers(n), error, found, promised[1] = {0};
+  if (EVERY_ELEMENT) {
+    for (long j = 0; j < n; j++) want[j] = slope(loss_of(w), e->tensor->data + j, 1, NULL);
+    row.got = got; row.want = want;
+    error = judge(row);
+  } else {
+    for (long j = 0; j < n; j++) promised[0] += got[j] * (want[j] = random_normal(600 + i, j));
+    found = slope(loss_of(w), e->tensor->data, n, want);
+    row.tensor = "slope"; row.rows = row.cols = 1;
+    row.got = promised; row.want = &found;
+    error = judge(row);
+  }
+  free(want);
+  return error;
+}
+
+// d loss / d embedding: in a batch of one sequence, moving wpe[t] moves embedding[t] and no other.
+// The gradient is that of the whole batch: if sequences leaked into each other, it would show.
+static void check_embedding(Whole *w, const double *got) {
+  int B = w->piece.B, T = w->piece.T, C = TINY.n_embd;
+  double *want = numbers((long)B * T * C);
+  w->batch.B = 1;
+  for (int b = 0; b < B; b++) {
+    Piece alone = {1, T, w->piece.at + b * T};
+    load_piece(&w->m, alone);
+    for (int i = 0; i < T * C; i++)
+      want[b * T * C + i] = slope(loss_of(w), w->m.wpe.data + i, 1, NULL);
+  }
+  Shape shape = {B, T, C, TINY.n_head, LETTERS, 0};
+  Comparison row = {"embedding", "", B * T, C, got, want, NULL, &shape, BAR};
+  judge(row);
+  free(want);
+}
+
+static void check_model(void) {
+  Piece piece = {3, 7, 5};
+  Whole shared, separate;
+  open_whole(&shared, piece, 0);
+  open_whole(&separate, piece, 1);
+  Model *m = &separate.m;
+  long N = (long)piece.B * piece.T, n = m->count, embedded = N * TINY.n_embd;
+  double *grad = numbers(n), *other = numbers(n), *dembedding = numbers(embedded);
+  Stats stats;
+  launch(micro_batch, &shared.batch);
+  launch(micro_batch, &separate.batch);
+  get_parameters(other, &shared.m, 1);
+  get_parameters(grad, m, 1);
+  get(dembedding, m->embedding.grad, embedded);
+  printf("\nThe whole model: L %d, H %d, C %d, T %d, V %d, B %d, each gradient with all layers between"
+         " it and the loss\n", TINY.n_layer, TINY.n_head, TINY.n_embd, piece.T, LETTERS, piece.B);
+  heading("backward", "finite diff.");
+  char *right = (char *)malloc(m->n_parameters);
+  if (!right) die("no memory for %d verdicts", m->n_parameters);
+  for (long i = 0, at = 0; i < m->n_parameters; at += entry_count(&m->parameter[i++])) {
+    int before = failed;
+    check_parameter(&separate, (int)i, grad + at);
+    right[i] = failed == before;
+  }
+  check_embedding(&separate, dembedding);
+  accuse(m, right);
+  judge_that(!memcmp(grad, other, n * sizeof(double)), "with memory shared between activations",
+             "the same gradients, bit for bit: %ld numbers", n);
+  copy_out(&stats, shared.m.stats + CURRENT, sizeof stats);
+  double *loss = numbers(N), sum = 0;
+  get(loss, shared.m.loss.data, N);
+  for (int i = 0; i < N; i++) sum += loss[i];
+  judge_that(fabs(stats.loss / sum - 1) < 1e-14, "add_loss", "%.12f nats a token", stats.loss / N);
+  close_whole(&shared); close_whole(&separate);
+  free(grad); free(other); free(dembedding); free(right); free(loss);
+}
+
+// ---- Trials: short training runs, told in numbers ----
+
+static double divisor(const Trial *t, const Piece *piece, int k) {   // of the loss of piece k
+  long tokens = 0, own = (long)piece[k].B * piece[k].T;
+  for (int i = 0; i < t->accumulate; i++) tokens += (long)piece[i].B * piece[i].T;
+  switch (t->recipe) {
+  case MEAN_OF_MEANS: return (double)own * t->accumulate;
+  case NOT_DIVIDED: return (double)own;
+  default: return (double)tokens;   // one mean, over all tokens of the update
+  }
+}
+
+// Adds a piece's gradient to grad, scaled down to its share of the norm: the recipe CLIP_EACH.
+static void clip_alone(Model *m, double *grad, double limit) {
+  double *own = numbers(m->count);
+  get_parameters(own, m, 1);
+  double norm = norm_of(own, m->count), factor = norm > limit ? limit / norm : 1;
+  for (long i = 0; i < m->count; i++) grad[i] += factor * own[i];
+  launch(zero_gradients, m);
+  free(own);
+}
+
+static void put_gradients(Model *m, const double *packed) {
+  for (int i = 0; i < m->n_parameters; packed += entry_count(&m->parameter[i++]))
+    put(m->parameter[i].tensor->grad, packed, entry_count(&m->parameter[i]));
+}
+
+// Accumulates the pieces of update u; grad holds their sum afterwards.
+static void accumulate(Trial *t, Model *m, int u, double *grad) {
+  const Piece *piece = t->piece + u * t->accumulate;
+  if (t->recipe == CLIP_EACH) memset(grad, 0, m->count * sizeof(double));
+  for (int k = 0; k < t->accumulate; k++) {
+    int N = piece[k].B * piece[k].T, step = u * t->accumulate + k;
+    MicroBatch batch = {m, piece[k].B, piece[k].T, (real)(1 / divisor(t, piece, k))};
+    load_piece(m, piece[k]);
+    launch(micro_batch, &batch);
+    double *loss = numbers(N);
+    get(loss, m->loss.data, N);
+    for (int n = 0; n < N; n++) t->loss[step] += loss[n] / N;
+    free(loss);
+    if (t->recipe == CLIP_EACH) clip_alone(m, grad, t->grad_clip / t->accumulate);
+    else get_parameters(grad, m, 1);
+    t->norm[step] = norm_of(grad, m->count);
+  }
+  if (t->recipe == CLIP_EACH) put_gradients(m, grad);
+}
+
+static void play(Trial *t) {
+  Model m;
+  int rows = 0;
+  for (int k = 0; k < t->updates * t->accumulate; k++)
+    rows = MAX(rows, t->piece[k].B * t->piece[k].T), t->loss[k] = t->change[k] = 0;
+  open_model(&m, t->config, rows, t->separate);
+  put_parameters(&m, t->weights);
+  double *grad = numbers(m.count), *before = numbers(m.count);
+  opt.optimizer = OPTIMIZER[t->optimizer];
+  opt.beta1 = 0.9; opt.beta2 = 0.99;
+  opt.weight_decay = t->weight_decay; opt.grad_clip = t->grad_clip;
+  for (int u = 0; u < t->updates; u++) {
+    int counted = t->recipe == COUNT_EACH ? (u + 1) * t->accumulate - 1 : u;
+    accumulate(t, &m, u, grad);
+    UpdateStep step = {&m, update_values(counted, t->learning_rate), 0};
+    memcpy(before, t->weights, m.count * sizeof(double));
+    launch(update_step, &step);
+    get_parameters(t->weights, &m, 0);
+    if (t->recipe == NOT_ZEROED) put_gradients(&m, grad);
+    for (long i = 0; i < m.count; i++) before[i] = t->weights[i] - before[i];
+    t->change[(u + 1) * t->accumulate - 1] = norm_of(before, m.count);
+  }
+  memcpy(t->grad, grad, m.count * sizeof(double));
+  free(grad); free(before);
+  model_free(&m);
+}
+
+#ifdef LEND
+static void run_here(Trial *t) {
+  static int started;
+  if (!started++) device_start(1);
+  play(t);
+}
+#define TEXT_OF(name) #name
+#define NAME_OF(name) TEXT_OF(name)
+const Backend LEND = {NAME_OF(LEND), run_here};
+#else   // to the end of the file: what is done with all backends, and main
+
+static Model lists_of(Config config) {   // what a model's parameters are; it has no memory
+  Model m;
+  model_plan(&m, config, 1, 0, 0);
+  return m;
+}
+
+static void free_lists(Model *m) {
+  free(m->block); free(m->act); free(m->parameter); free(m->activation);
+}
+
+static Trial new_trial(Config config, int optimizer, double learning_rate) {
+  Trial t;
+  Model m = lists_of(config);
+  memset(&t, 0, sizeof t);
+  t.config = config; t.optimizer = optimizer; t.learning_rate = learning_rate;
+  t.updates = t.accumulate = 1;
+  t.n = m.count;
+  t.weights = random_parameters(&m);
+  t.grad = numbers(t.n);
+  free_lists(&m);
+  return t;
+}
+
+static void free_trial(Trial *t) { free(t->weights); free(t->grad); }
+
+// ---- 4. Float and double, and other machines --------------------------------------------------
+// Each number of a float is rounded to 24 bits, 6e-8 of its size, and so is each result. Errors
+// that have no common cause add up like the steps of a random walk: a gradient at the end of L
+// layers, each with sums of K terms, is off by about 6e-8 sqrt(L K) of its tensor's size, and the
+// worst of thousands by some times that.
+
+static void compare_backend(const Backend *other, double bar, const char *why) {
+  Piece piece = {3, 7, 5};
+  Trial mine = new_trial(TINY, SGD, 0.1), theirs = new_trial(TINY, SGD, 0.1);
+  mine.piece[0] = theirs.piece[0] = piece;
+  play(&mine);
+  other->run(&theirs);
+  printf("\nThe same gradients by %s: %s\n", other->name, why);
+  heading(other->name, "here");
+  Model m = lists_of(TINY);
+  Shape shape = {piece.B, piece.T, TINY.n_embd, TINY.n_head, LETTERS, 0};
+  for (long i = 0, at = 0; i < m.n_parameters; at += entry_count(&m.parameter[i++])) {
+    const Entry *e = &m.parameter[i];
+    Comparison row = {e->name, "", e->rows, MAX(1, e->cols), theirs.grad + at, mine.grad + at, NULL,
+                      &shape, bar};
+    judge(row);
+  }
+  free_lists(&m);
+  free_trial(&mine); free_trial(&theirs);
+}
+
+static double loss_by(const Backend *backend, Trial t, const double *weights, long i, double h) {
+  t.weights = numbers(t.n);
+  memcpy(t.weights, weights, t.n * sizeof(double));
+  t.weights[i] += h;
+  backend->run(&t);
+  free(t.weights);
+  return t.loss[0];
+}
+
+// Central differences in float, for h from 1 to 1e-5: too large a step is not the limit, and with a
+// small one the loss moves by less than its own rounding. The best of them would fail a right
+// gradient, or need a tolerance that lets a wrong one pass.
+static void show_float_differences(const Backend *backend) {
+  Trial t = new_trial(TINY, SGD, 0);
+  Piece piece = {3, 7, 5};
+  const long at = 5 * TINY.n_embd + 3, step = 7;   // some numbers of wte, from [5,3] on
+  double best = INFINITY, h = 1;
+  t.piece[0] = piece;
+  play(&t);
+  printf("\nWhy not in float: central differences of %d numbers of wte by %s, (f(x+h) - f(x-h)) / 2h\n",
+         8, backend->name);
+  for (; h > 5e-6; h /= 10) {
+    double error = 0, size = 0;
+    for (int k = 0; k < 8; k++) {
+      long i = at + k * step;
+      double want = t.grad[i], found = (loss_by(backend, t, t.weights, i, h) -
+                                        loss_by(backend, t, t.weights, i, -h)) / (2 * h);
+      error += (found - want) * (found - want);
+      size += want * want;
+    }
+    printf("  h %-7.0e error %.1e\n", h, sqrt(error / size));
+    best = MIN(best, sqrt(error / size));
+  }
+  judge_that(best > 1e3 * BAR, "fails for a gradient that is right", "the best is %.1e, the bar %.0e",
+             best, BAR);
+  free_trial(&t);
+}
+
+static void check_float_and_double(void) {
+#ifdef KERNELS
+  compare_backend(&c_double, 1e-10, "train.c, in double; only the order of sums differs");
+#endif
+  char why[120];
+  double roundings = 12.0 * TINY.n_layer + 4, terms = 4 * TINY.n_embd;
+  double expected = 0x1p-24 * sqrt(roundings * terms);
+  snprintf(why, sizeof why, "expect 6e-8 sqrt(%g layers x %g terms) = %.0e, the worst some times that",
+           roundings, terms, expected);
+  compare_backend(IN_FLOAT, 10 * expected, why);
+  show_float_differences(IN_FLOAT);
+}
+
+// ---- 5. Single-step and multi-step ------------------------------------------------------------
+// K micro-batches, forward and backward, then one update; or an update after each. What of it is
+// arithmetic is checked, what is a matter of experience is shown.
+
+static void one_backend(Trial *t) { play(t); }
+static const Backend here = {"double", one_backend};
+
+// The start of the poem as K equal pieces, and as the one batch that they are.
+enum { PIECES = 4, PIECE_B = 2, PIECE_T = 7, UPDATES = 3 };
+static Trial equal_pieces(int optimizer, int pieces, int B, double learning_rate) {
+  Trial t = new_trial(TINY, optimizer, learning_rate);
+  t.accumulate = pieces;
+  t.updates = UPDATES;
+  t.weight_decay = 0.1; t.grad_clip = 1;
+  for (int k = 0; k < pieces * UPDATES; k++) {
+    Piece piece = {B, PIECE_T, k * B * PIECE_T};
+    t.piece[k] = piece;
+  }
+  return t;
+}
+
+// Softmax does not see what is added to all scores alike, so the gradient of a bias of K is zero.
+// What rounding leaves of it is noise, and optimizers that divide by the gradient's size make
+// steps of noise: in float these biases are not compared.
+static void blank_key_biases(double *packed) {
+  Model m = lists_of(TINY);
+  for (long i = 0, at = 0; i < m.n_parameters; at += entry_count(&m.parameter[i++]))
+    if (strstr(m.parameter[i].name, "c_attn.bias"))
+      for (int c = TINY.n_embd; c < 2 * TINY.n_embd; c++) packed[at + c] = 0;
+  free_lists(&m);
+}
+
+static int optimizer_rate(int optimizer, double *rate) {
+  const double rates[] = {0.1, 0.1, 0.01, 1, 0.01, 0.01, 0.01};
+  *rate = rates[optimizer];
+  return optimizer;
+}
+
+typedef struct { double gradient, weights; } Difference;
+
+static Difference pieces_against_batch(const Backend *backend, int optimizer) {
+  double rate;
+  optimizer_rate(optimizer, &rate);
+  Trial pieces = equal_pieces(optimizer, PIECES, PIECE_B, rate);
+  Trial batch = equal_pieces(optimizer, 1, PIECES * PIECE_B, rate);
+  backend->run(&pieces);
+  backend->run(&batch);
+  if (backend != &here) blank_key_biases(pieces.weights), blank_key_biases(batch.weights);
+  Difference d = {distance(pieces.grad, batch.grad, batch.n),
+                  distance(pieces.weights, batch.weights, batch.n)};
+  free_trial(&pieces); free_trial(&batch);
+  return d;
+}
+
+static void open_arm(Arm *arm, int pieces, const double *weights) {
+  if (!arm->model.parameter) open_model(&arm->model, TINY, PIECES * PIECE_B * PIECE_T, 0);
+  Model *m = &arm->model;
+  double *zeros = numbers(m->n_weights);
+  put_parameters(m, weights);
+  put(m->weights.grad, zeros, m->n_weights);
+  for (int i = 0; i < 2; i++) put(m->moment[i], zeros, m->n_weights);
+  arm->accumulate = pieces;
+  arm->updates = 0;
+  free(zeros);
+}
+
+// The same with update() of train.c itself, which draws its windows: K times B of them, or once KB,
+// are the same ones. So both arms see the same tokens, and must take the same steps.
+static double arms_apart(int optimizer) {
+  static unsigned char text[POEM_SIZE];
+  for (int i = 0; i < POEM_SIZE; i++) text[i] = letter_at(i);
+  run.text.byte = text;
+  run.text.size = run.text.train_size = POEM_SIZE;
+  Trial t = equal_pieces(optimizer, 1, 1, 0);
+  Stats stats[2];
+  double rate, *weights[2] = {numbers(t.n), numbers(t.n)};
+  opt.optimizer = OPTIMIZER[optimizer_rate(optimizer, &rate)];
+  opt.beta1 = 0.9; opt.beta2 = 0.99; opt.weight_decay = 0.1; opt.grad_clip = 1;
+  opt.block_size = PIECE_T; opt.seed = 1;
+  for (int i = 0; i < 2; i++) {
+    Arm *arm = &run.arm[i];
+    open_arm(arm, i ? 1 : PIECES, t.weights);
+    opt.batch_size = i ? PIECES * PIECE_B : PIECE_B;
+    for (int u = 0; u < UPDATES; u++) update(arm, rate);
+    get_parameters(weights[i], &arm->model, 0);
+    copy_out(&stats[i], arm->model.stats + KEPT + UPDATES - 1, sizeof(Stats));
+  }
+  double apart = distance(weights[0], weights[1], t.n);
+  apart = MAX(apart, fabs(stats[0].loss / stats[1].loss - 1));
+  apart = MAX(apart, fabs(stats[0].norm2 / stats[1].norm2 - 1));
+  free(weights[0]); free(weights[1]); free_trial(&t);
+  return apart;
+}
+
+static void check_accumulation(const Backend *in_float) {
+  printf("\nSingle-step and multi-step. a: %d micro-batches of %d x %d tokens, against one of %d x %d:"
+         "\nhow far apart, after %d updates, the last gradient and the weights are, relative to them\n",
+         PIECES, PIECE_B, PIECE_T, PIECES * PIECE_B, PIECE_T, UPDATES);
+  printf("%-10s %-20s %-20s %s\n", "", "double", in_float->name, "train()'s own update()");
+  printf("%-10s %-9s %-10s %-9s %-10s %s\n", "optimizer", "gradient", "weights", "gradient",
+         "weights", "all");
+  for (int i = 0; i < N_OPTIMIZERS; i++) {
+    Difference d = pieces_against_batch(&here, i), f = pieces_against_batch(in_float, i);
+    double apart = arms_apart(i);
+    int ok = d.gradient < 1e-12 && d.weights < 1e-12 && f.gradient < 2e-6 && f.weights < 1e-6 &&
+             apart < 1e-12;
+    printf("%-10s %-9.1e %-10.1e %-9.1e %-10.1e %-9.1e  %s\n", OPTIMIZER[i], d.gradient, d.weights,
+           f.gradient, f.weights, apart, ok ? "ok" : "FAIL");
+    count_verdict(ok, "accumulation", OPTIMIZER[i]);
+  }
+}
+
+// ---- b. Wrong recipes ----
+
+static Trial unequal_pieces(int recipe, int optimizer, double clip) {
+  double rate;
+  optimizer_rate(optimizer, &rate);
+  Trial t = new_trial(TINY, optimizer, rate);
+  const Piece pieces[] = {{5, 7, 0}, {1, 7, 35}, {2, 3, 42}, {1, 2, 48},
+                          {3, 7, 50}, {1, 2, 71}, {1, 7, 73}, {4, 3, 80}};
+  t.accumulate = 4; t.updates = 2;
+  t.recipe = recipe; t.grad_clip = clip;
+  memcpy(t.piece, pieces, sizeof pieces);
+  return t;
+}
+
+// The same tokens, each sequence alone: then nothing can be unequal but the lengths of sequences.
+static Trial sequences_alone(const Trial *pieces) {
+  Trial t = new_trial(TINY, pieces->optimizer, pieces->learning_rate);
+  int n = 0;
+  t.grad_clip = pieces->grad_clip;
+  t.updates = pieces->updates;
+  for (int k = 0; k < pieces->updates * pieces->accumulate; k++)
+    for (int b = 0; b < pieces->piece[k].B; b++) {
+      Piece p = {1, pieces->piece[k].T, pieces->piece[k].at + b * pieces->piece[k].T};
+      t.piece[n++] = p;
+    }
+  t.accumulate = n / t.updates;
+  return t;
+}
+
+// The weights' change over a trial, which it leaves in t->weights.
+static double *play_for_change(Trial *t) {
+  double *before = numbers(t->n);
+  memcpy(before, t->weights, t->n * sizeof(double));
+  play(t);
+  for (long i = 0; i < t->n; i++) t->weights[i] -= before[i];
+  free(before);
+  return t->weights;
+}
+
+typedef struct { double off, angle; } Recipe;   // how a recipe's total change differs from the right
+static Recipe try_recipe(int recipe, int optimizer, int alone) {
+  double clip = recipe == CLIP_EACH ? 0.5 : 0;
+  Trial right = unequal_pieces(SUM_OF_TOKENS, optimizer, clip);
+  Trial other = unequal_pieces(recipe, optimizer, clip);
+  if (alone) {
+    Trial split = sequences_alone(&other);
+    free_trial(&other);
+    other = split;
+  }
+  double *x = play_for_change(&other), *y = play_for_change(&right);
+  Recipe found = {distance(x, y, right.n), angle(x, y, right.n)};
+  free_trial(&right); free_trial(&other);
+  return found;
+}
+
+static void check_recipes(void) {
+  const char *what[N_RECIPES] = {
+    "a sum over tokens / all tokens of the update", "mean of the micro-batches' means",
+    "means added, not divided by their number", "gradients not zeroed after the first update",
+    "each micro-batch clipped, not the sum", "Adam's step counted per micro-batch"};
+  printf("\nb: wrong recipes. 2 updates, each of 4 micro-batches with unequal numbers of tokens (5x7, 1x7,"
+         "\n2x3, 1x2; ...): how far the change of the weights is from the right one, and in what direction\n"
+         "%-46s %-8s %-10s %-8s %s\n", "", "SGD", "angle", "AdamW", "angle");
+  for (int recipe = -1; recipe < N_RECIPES; recipe++) {
+    int right = recipe <= SUM_OF_TOKENS;
+    Recipe sgd = try_recipe(MAX(0, recipe), SGD, recipe < 0);
+    Recipe adamw = try_recipe(MAX(0, recipe), ADAMW, recipe < 0);
+    int ok = right ? sgd.off < 1e-12 && adamw.off < 1e-9 : MAX(sgd.off, adamw.off) > 0.01;
+    const char *name = recipe < 0 ? "right: all 18 sequences one by one" : what[recipe];
+    printf("%-46s %-8.1e %5.1f deg  %-8.1e %5.1f deg  %s\n", name, sgd.off, sgd.angle, adamw.off,
+           adamw.angle, ok ? right ? "ok" : "wrong, as it should be" : "FAIL");
+    count_verdict(ok, "recipe", name);
+  }
+}
+
+// ---- c. Step by step, and d. the ladder ----
+
+static Trial single_steps(int optimizer, double learning_rate, int pieces) {
+  Trial t = equal_pieces(optimizer, 1, PIECE_B, learning_rate);
+  t.updates = pieces;
+  t.weight_decay = t.grad_clip = 0;
+  for (int k = 0; k < pieces; k++) t.piece[k].at = k * PIECE_B * PIECE_T;
+  for (int k = 0; k < pieces; k++) t.piece[k].B = PIECE_B, t.piece[k].T = PIECE_T;
+  return t;
+}
+
+static Trial accumulated_step(int optimizer, double learning_rate, int pieces) {
+  Trial t = single_steps(optimizer, pieces * learning_rate, pieces);
+  t.updates = 1;
+  t.accumulate = pieces;
+  return t;
+}
+
+static void show_steps(int optimizer) {
+  double rate;
+  optimizer_rate(optimizer, &rate);
+  Trial one = single_steps(optimizer, rate, PIECES);
+  Trial all = accumulated_step(optimizer, rate, PIECES);
+  double *x = play_for_change(&one), *y = play_for_change(&all);
+  printf("%s: learning rate %g            | learning rate %g x %d\n", OPTIMIZER[optimizer], rate,
+         rate, PIECES);
+  printf("  micro-batch   loss  |gradient|  |change|  |   loss  |gradient so far|  |change|\n");
+  for (int k = 0; k < PIECES; k++)
+    printf("  %-11d %6.3f  %10.4f  %8.4f  | %6.3f  %17.4f  %8.4f\n", k + 1, one.loss[k], one.norm[k],
+           one.change[k], all.loss[k], all.norm[k], all.change[k]);
+  printf("  in total                        %8.4f  |                            %8.4f, %.1f degrees"
+         " apart\n", norm_of(x, one.n), norm_of(y, all.n), angle(x, y, one.n));
+  free_trial(&one); free_trial(&all);
+}
+
+static void show_all_steps(void) {
+  printf("\nc: step by step. Left: %d updates, one after each micro-batch; right: their gradients added,"
+         "\nthen one update with %d times the rate. All on the right see the weights of the start.\n",
+         PIECES, PIECES);
+  show_steps(SGD);
+  show_steps(ADAMW);
+  printf("every optimizer: |change| of %d steps, of one, and the angle between\n", PIECES);
+  for (int i = 0; i < N_OPTIMIZERS; i++) {
+    double rate;
+    optimizer_rate(i, &rate);
+    Trial one = single_steps(i, rate, PIECES), all = accumulated_step(i, rate, PIECES);
+    double *x = play_for_change(&one), *y = play_for_change(&all);
+    printf("  %-10s rate %-5g %9.4f %9.4f %6.1f degrees\n", OPTIMIZER[i], rate, norm_of(x, one.n),
+           norm_of(y, all.n), angle(x, y, one.n));
+    free_trial(&one); free_trial(&all);
+  }
+}
+
+// K steps of SGD move by rate (g_1 + ... + g_K), each g at another place; one step by the same sum
+// with each g at the start. A g changes by rate x something from step to step: so the moves differ
+// by rate^2 x something, and are the same in the limit.
+static void check_ladder(void) {
+  printf("\nd: the ladder. %d steps of SGD against one of %d times the rate: as the rate falls by 10, so"
+         "\ndoes a step, and the difference by 100\n  rate     |change|    |difference|  order\n",
+         PIECES, PIECES);
+  double last = NAN, order = NAN, rate = 0.1;
+  for (int i = 0; i < 5; i++, rate /= 10) {
+    Trial one = single_steps(SGD, rate, PIECES), all = accumulated_step(SGD, rate, PIECES);
+    double *x = play_for_change(&one), *y = play_for_change(&all);
+    double change = norm_of(y, all.n), difference = distance(x, y, all.n) * change;
+    order = log10(last / difference);
+    printf("  %-8.0e %.3e   %.3e     ", rate, change, difference);
+    printf(i ? "%.3f\n" : "\n", order);
+    last = difference;
+    free_trial(&one); free_trial(&all);
+  }
+  judge_that(fabs(order - 2) < 0.01, "order of convergence", "%.4f, expected 2", order);
+}
+
+// ---- e. Every optimizer against its formula ----
+
+// One update by the book, from the mean gradient; w, m and v as the formulas of the papers have it.
+static void plain_update(int optimizer, double *w, double g, double *m, double *v, double rate,
+                         double decay, int step) {
+  const double b1 = 0.9, b2 = 0.99;
+  if (optimizer == ADAMW) *w = *w * (1 - rate * decay);
+  else g = g + decay * *w;
+  if (optimizer == SGD) *w = *w - rate * g;
+  if (optimizer == MOMENTUM) *m = b1 * *m + g, *w = *w - rate * *m;
+  if (optimizer == ADAGRAD) *v = *v + g*g, *w = *w - rate * g / (sqrt(*v) + 1e-8);
+  if (optimizer == RMSPROP) *v = b2 * *v + (1 - b2) * g*g, *w = *w - rate * g / (sqrt(*v) + 1e-8);
+  if (optimizer == ADADELTA) {
+    *v = b2 * *v + (1 - b2) * g*g;
+    double move = sqrt(*m + 1e-6) / sqrt(*v + 1e-6) * g;
+    *m = b2 * *m + (1 - b2) * move*move;
+    *w = *w - rate * move;
+  }
+  if (optimizer == ADAM || optimizer == ADAMW) {
+    *m = b1 * *m + (1 - b1) * g;
+    *v = b2 * *v + (1 - b2) * g*g;
+    double m_hat = *m / (1 - pow(b1, step)), v_hat = *v / (1 - pow(b2, step));
+    *w = *w - rate * m_hat / (sqrt(v_hat) + 1e-8);
+  }
+}
+
+static void plain_step(const Model *lists, Trial *t, double *w, double *m, double *v, int step) {
+  double norm = norm_of(t->grad, t->n), clip = norm > t->grad_clip ? t->grad_clip / norm : 1;
+  for (long i = 0, at = 0; i < lists->n_parameters; i++) {
+    const Entry *e = &lists->parameter[i];
+    double decay = e->cols ? t->weight_decay : 0;   // matrices alone
+    for (long end = at + entry_count(e); at < end; at++)
+      plain_update(t->optimizer, &w[at], clip * t->grad[at], &m[at], &v[at], t->learning_rate, decay,
+                   step);
+  }
+}
+
+// Trials of 1, 2, ... updates: each gives the gradient of its last, from which the formula is
+// worked out beside it. The gradient is clipped in some of the updates, and more than one CHUNK.
+static double apart_from_formula(int optimizer) {
+  const Config config = {1, 3, 30, 8, LETTERS};
+  Model lists = lists_of(config);
+  Trial start = new_trial(config, optimizer, 0);
+  double *w = start.weights, *m = numbers(start.n), *v = numbers(start.n), apart = 0;
+  double *first = numbers(start.n);
+  memcpy(first, w, start.n * sizeof(double));
+  for (int u = 1; u <= 4; u++) {
+    Trial t = new_trial(config, optimizer_rate(optimizer, &start.learning_rate), 0);
+    t.learning_rate = start.learning_rate;
+    t.updates = u;
+    t.weight_decay = 0.1; t.grad_clip = u % 2 ? 1 : 1;
+    for (int k = 0; k < u; k++) {
+      Piece piece = {2, 7, 11 * k};
+      t.piece[k] = piece;
+    }
+    play(&t);
+    plain_step(&lists, &t, w, m, v, u);
+    double change = 0, off = 0;
+    for (long i = 0; i < t.n; i++) {
+      change = MAX(change, fabs(w[i] - first[i]));
+      off = fabs(w[i] - t.weights[i]) <= off ? off : fabs(w[i] - t.weights[i]);
+    }
+    apart = off / change <= apart ? apart : off / change;
+    free_trial(&t);
+  }
+  free(m); free(v); free(first);
+  free_trial(&start);
+  free_lists(&lists);
+  return apart;
+}
+
+static void check_optimizers(void) {
+  printf("\ne: every optimizer, 4 updates with clipping and with decay of matrices alone, against its\n"
+         "formula: the worst weight, relative to the largest change\n");
+  for (int i = 0; i < N_OPTIMIZERS; i++) {
+    double apart = apart_from_formula(i);
+    judge_that(apart < 1e-9, OPTIMIZER[i], "%.1e", apart);
+  }
+}
+
+// ---- Threads ----
+// A sum in another order has another rounding, and a number two threads write has either value: so
+// if the bits are the same on any number of threads, then each number has one owner.
+
+static uint64_t training_bits(void) {   // a hash of the weights after some updates
+  const Config config = {1, 3, 60, 72, LETTERS};
+  Trial t = new_trial(config, ADAMW, 0.01);
+  t.accumulate = t.updates = 2;
+  for (int k = 0; k < 4; k++) {
+    Piece piece = {3, 70, 10 * k};
+    t.piece[k] = piece;
+  }
+  play(&t);
+  uint64_t hash = 0;
+  for (long i = 0; i < 2 * t.n; i++) {
+    uint64_t bits;
+    memcpy(&bits, i < t.n ? &t.weights[i] : &t.grad[i - t.n], 8);
+    hash = random_bits(hash ^ bits, i);
+  }
+  free_trial(&t);
+  return hash;
+}
+
+static void check_threads(const char *self) {
+  const int threads[] = {1, 2, 5};
+  char command[4200], line[64], all[200] = "";
+  unsigned long long first = 0, bits = 0;
+  int same = 1;
+  for (int i = 0; i < 3; i++) {
+    snprintf(command, sizeof command, "'%s' --hash --threads %d", self, threads[i]);
+    FILE *child = popen(command, "r");
+    if (!child || !fgets(line, sizeof line, child) || sscanf(line, "%llx", &bits) != 1) same = 0;
+    if (child && pclose(child)) same = 0;
+    if (i == 0) first = bits;
+    same &= bits == first;
+    snprintf(all + strlen(all), sizeof all - strlen(all), "%016llx ", bits);
+  }
+  printf("\nThreads: gradients and weights after 2 updates, as a hash of their bits\n");
+  judge_that(same, "on 1, 2 and 5 threads", "%s", all);
+}
+
+// ---- 6. A model small enough to solve by hand -------------------------------------------------
+// price = weight area + bias, mean squared error, by the same layers. The loss is a quadratic: so
+// its gradient is linear, its second derivatives are constant, and one Newton step,
+//   (weight, bias) -= H^-1 gradient,
+// from anywhere is the answer. H is had from gradients: moving a parameter by 1 changes the
+// gradient by a column of H, exactly.
+
+enum { HOUSES = 8 };
+static const double AREA[HOUSES] = {0.5, 0.7, 0.8, 1.0, 1.1, 1.4, 1.6, 1.9};       // in 100 m^2
+static const double PRICE[HOUSES] = {1.32, 1.71, 2.05, 2.38, 2.76, 3.29, 3.88, 4.41};   // in 100 000
+
+typedef struct {
+  Affine p;                     // weight.data[0], bias.data is the number after it
+  Tensor x, y, loss;            // of all houses
+  real *target;
+  int first, n;                 // the houses of this micro-batch
+  double dloss;
+  Update update;
+  Stats *stats;
+} Houses;
+
+static Tensor from_row(Tensor t, int n) { Tensor u = {t.data + n, t.grad + n}; return u; }
+
+static void houses_gradient(void *argument) {   // adds that of n houses from the first on
+  Houses *h = (Houses *)argument;
+  Tensor x = from_row(h->x, h->first), y = from_row(h->y, h->first);
+  Tensor loss = from_row(h->loss, h->first);
+  linear_forward(y, x, h->p, h->n, 1, 1);
+  squared_error_forward(loss, y, h->target + h->first, h->n, 1);
+  fill(loss.grad, h->n, (real)h->dloss);
+  squared_error_backward(loss, y, h->target + h->first, h->n, 1);
+  linear_backward(y, x, h->p, h->n, 1, 1);
+}
+
+static void houses_update(void *argument) {
+  Houses *h = (Houses *)argument;
+  optimizer_update(h->p.weight, NULL, NULL, 2, h->update, h->stats);
+  zero(h->p.weight.grad, 2);
+}
+
+static Tensor new_tensor(int n) {
+  Tensor t = {(real *)device_alloc(n * sizeof(real)), (real *)device_alloc(n * sizeof(real))};
+  return t;
+}
+
+static Houses open_houses(void) {
+  Houses h;
+  memset(&h, 0, sizeof h);
+  h.p.weight = new_tensor(2);
+  h.p.bias = from_row(h.p.weight, 1);
+  h.x = new_tensor(HOUSES); h.y = new_tensor(HOUSES); h.loss = new_tensor(HOUSES);
+  h.target = (real *)device_alloc(HOUSES * sizeof(real));
+  h.stats = (Stats *)device_alloc(sizeof(Stats));
+  put(h.x.data, AREA, HOUSES);
+  put(h.target, PRICE, HOUSES);
+  h.update.optimizer = SGD;
+  return h;
+}
+
+static void close_houses(Houses *h) {
+  Tensor all[] = {h->p.weight, h->x, h->y, h->loss};
+  for (int i = 0; i < 4; i++) device_free(all[i].data), device_free(all[i].grad);
+  device_free(h->target);
+  device_free(h->stats);
+}
+
+// The gradient of the mean over all houses at some weight and bias; returns the loss.
+static double gradient_at(Houses *h, const double *parameters, double *grad) {
+  double zeros[2] = {0, 0}, each[HOUSES], loss = 0;
+  put(h->p.weight.data, parameters, 2);
+  put(h->p.weight.grad, zeros, 2);
+  h->first = 0; h->n = HOUSES; h->dloss = 1.0 / HOUSES;
+  launch(houses_gradient, h);
+  get(grad, h->p.weight.grad, 2);
+  get(each, h->loss.data, HOUSES);
+  put(h->p.weight.grad, zeros, 2);
+  for (int n = 0; n < HOUSES; n++) loss += each[n] / HOUSES;
+  return loss;
+}
+
+static void newton_step(Houses *h, double *p) {
+  double g[2], column[2][2];
+  gradient_at(h, p, g);
+  for (int i = 0; i < 2; i++) {
+    double moved[2] = {p[0] + (i == 0), p[1] + (i == 1)};
+    gradient_at(h, moved, column[i]);
+    for (int j = 0; j < 2; j++) column[i][j] -= g[j];
+  }
+  double det = column[0][0] * column[1][1] - column[0][1] * column[1][0];
+  p[0] -= (column[1][1] * g[0] - column[1][0] * g[1]) / det;
+  p[1] -= (column[0][0] * g[1] - column[0][1] * g[0]) / det;
+}
+
+typedef struct { long updates; double p[2], loss; } Solution;
+
+// Updates after each `per_update` houses, in micro-batches of `at_once`, until the loss is within
+// 1e-6 of the least.
+static Solution descend(Houses *h, int at_once, int per_update, double rate, double least) {
+  Solution s = {0, {0, 0}, 0};
+  double grad[2];
+  h->update.learning_rate = (real)rate;
+  for (s.loss = INFINITY; s.updates < 100000 && !(s.loss < least + 1e-6); ) {
+    gradient_at(h, s.p, grad);   // leaves the parameters on the device
+    h->dloss = 1.0 / per_update;
+    h->n = at_once;
+    for (int n = 0; n < HOUSES; n += per_update, s.updates++) {
+      for (h->first = n; h->first < n + per_update; h->first += at_once) launch(houses_gradient, h);
+      launch(houses_update, h);
+    }
+    get(s.p, h->p.weight.data, 2);
+    s.loss = gradient_at(h, s.p, grad);
+  }
+  return s;
+}
+
+static void print_solution(const char *name, Solution s, double passes) {
+  printf("  %-44s %8.4f %8.4f  %.8f %8ld %7g\n", name, s.p[0], s.p[1], s.loss, s.updates, passes);
+}
+
+// For the Transformer: how the gradient changes along a line. In a quadratic twice as far is twice
+// the change, at any distance.
+static double twice_as_far(double distance_moved) {
+  double *g[3], sum[2] = {0, 0};
+  Piece piece = {3, 7, 5};
+  for (int k = 0; k < 3; k++) {
+    Trial t = new_trial(TINY, SGD, 0);
+    t.piece[0] = piece;
+    for (long i = 0; k && i < t.n; i++)
+      t.weights[i] -= k * distance_moved * g[0][i] / norm_of(g[0], t.n);
+    play(&t);
+    g[k] = t.grad;
+    free(t.weights);
+    for (long i = 0; k && i < t.n; i++) sum[k - 1] += pow(g[k][i] - g[0][i], 2);
+  }
+  for (int k = 0; k < 3; k++) free(g[k]);
+  return sqrt(sum[1] / sum[0]);
+}
+
+static void check_regression(void) {
+  Houses h = open_houses();
+  double sx = 0, sy = 0, sxx = 0, sxy = 0, n = HOUSES, grad[2];
+  for (int i = 0; i < HOUSES; i++)
+    sx += AREA[i], sy += PRICE[i], sxx += AREA[i] * AREA[i], sxy += AREA[i] * PRICE[i];
+  double weight = (n * sxy - sx * sy) / (n * sxx - sx * sx);   // the normal equations
+  double best[2] = {weight, (sy - weight * sx) / n}, least = gradient_at(&h, best, grad);
+  printf("\nA model small enough to solve by hand: price = weight area + bias, %d houses; until the loss is"
+         "\nwithin 1e-6 of the least\n  %-44s %8s %8s  %-10s %8s %7s\n", HOUSES, "", "weight", "bias",
+         "loss", "updates", "passes");
+  Solution all[4];
+  all[0] = descend(&h, 1, 1, 0.01, least);
+  all[1] = descend(&h, 1, 4, 0.1, least);
+  all[2] = descend(&h, HOUSES, HOUSES, 0.3, least);
+  Solution newton = {1, {0, 0}, 0};
+  newton_step(&h, newton.p);
+  newton.loss = gradient_at(&h, newton.p, grad);
+  all[3] = newton;
+  print_solution("an update per house, rate 0.01", all[0], (double)all[0].updates / HOUSES);
+  print_solution("4 houses accumulated, one update, rate 0.1", all[1], (double)all[1].updates * 4 / HOUSES);
+  print_solution("full batch, rate 0.3", all[2], (double)all[2].updates);
+  print_solution("one-shot: a Newton step", all[3], 3);
+  Solution book = {0, {best[0], best[1]}, least};
+  print_solution("the normal equations", book, 1);
+  double worst = 0;
+  for (int i = 0; i < 4; i++) worst = MAX(worst, all[i].loss - least);
+  judge_that(worst < 1e-6, "all four meet", "loss within %.1e of the least", worst);
+  double off = hypot(newton.p[0] - best[0], newton.p[1] - best[1]);
+  judge_that(off < 1e-12, "one Newton step is the answer", "%.1e from the normal equations", off);
+  printf("No such step exists for the Transformer: softmax, GELU and products of weights make its loss no\n"
+         "quadratic, so the curvature that Newton's step relies on holds only near by. Moved twice as far\n"
+         "along the gradient, a quadratic's gradient changes by 2; here, moved by |w| x\n");
+  double near = twice_as_far(1e-4), far = twice_as_far(1);
+  judge_that(fabs(near - 2) < 0.01 && fabs(far - 2) > 0.05, "  twice as far",
+             "1e-4: %.4f times the change; 1: %.4f times", near, far);
+  close_houses(&h);
+}
+
 // ---- 8. Main ----------------------------------------------------------------------------------
-#ifndef LEND
-int main(int argc, char **argv) {
-  program = "test_gradients";
-  device_start(1);
-  check_layers(argv + 1, argc - 1);
+
+static struct { int threads, hash; const char *save, *against; } asked;
+static Option options[] = {
+  {"threads", INTEGER, &asked.threads, "1", 1, 1024, 0, "threads; results do not depend on it", 0},
+  {"hash", FLAG, &asked.hash, NULL, 0, 0, 0, "print a hash of some updates, and end", 0},
+  {NULL, FLAG, NULL, NULL, 0, 0, 0, NULL, 0}};
+
+// The layers that were named, as they are in the table; a name that is in none is an error.
+static void check_names(const char **names, int n) {
+  for (int i = 0; i < n; i++) {
+    int near = 0, found = 0;
+    for (int k = 0; k < n_layers; k++) {
+      found |= !strcmp(names[i], layers[k]->name);
+      if (edit_distance(names[i], layers[k]->name) < edit_distance(names[i], layers[near]->name))
+        near = k;
+    }
+    if (!found) die("%s is no layer; the nearest is %s, --help lists all", names[i],
+                    layers[near]->name);
+  }
+}
+
+static void print_summary(double started) {
+  printf("\n");
+  for (int i = 0; i < n_layers; i++)
+    if (layers[i]->worst >= 0)
+      printf("%s%s %.0e", i ? ", " : "worst relative errors: ", layers[i]->name, layers[i]->worst);
+  printf("\n%.1f s\n", seconds() - started);
+  if (failed) printf("the first failure: %s\n", first_failure);
   printf("%d passed, %d failed\n", passed, failed);
+}
+
+int main(int argc, char **argv) {
+  const char *names[32];
+  String usage = {NULL, 0, 0};
+  double started = seconds();
+  program = "test_gradients";
+  append(&usage, "usage: test_gradients [LAYER...] [options]\n\nChecks every gradient; or those of the"
+         " layers that are named:\n ");
+  for (int i = 0; i < n_layers; i++) append(&usage, " %s", layers[i]->name);
+  append(&usage, "\n");
+  int n = parse_options(options, argc, argv, usage.at, names, 32);
+  check_names(names, n);
+  device_start(asked.threads);
+  if (asked.hash) {
+    printf("%016llx\n", (unsigned long long)training_bits());
+    return 0;
+  }
+  check_layers(names, n);
+  if (!n) {
+    check_model();
+    check_float_and_double();
+    check_accumulation(IN_FLOAT);
+    check_recipes();
+    show_all_steps();
+    check_ladder();
+    check_optimizers();
+    check_threads(argv[0]);
+    check_regression();
+  }
+  print_summary(started);
   return failed > 0;
 }
-#endif
+#endif   // LEND
