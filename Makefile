@@ -1,7 +1,9 @@
 # make run      trains on the default text (two minutes), then writes a sample
 # make test     checks every gradient, and the programs: ends with `N passed, N failed`
+# make race     searches the CUDA kernels for races, with no GPU
 # make bench    how fast training and generating are here
 # make data/shakespeare.txt   fetches a text that everybody knows
+# make exercise N=1   sets up an exercise, or judges your solution; without N: which there are
 # make clean    removes what make made, except texts and run/
 # make help     lists these
 
@@ -34,11 +36,92 @@ run: train generate data/tales.txt
 	./generate --prompt "Once"
 
 # Each part ends with a line `N passed, N failed`; .ci/tally adds them up.
-test: train generate test_gradients
-	@.ci/tally ./test_gradients
+test: train generate test_gradients $B/test_generate
+	@.ci/tally ./test_gradients $B/test_generate "sh .ci/generate.sh"
 
 train: train.c
 	$(CC) $(CFLAGS) -o $@ train.c $(LIBS)
+
+generate: generate.c train.c
+	$(CC) $(CFLAGS) -o $@ generate.c $(LIBS)
+
+$B/test_generate: generate.c train.c
+	@mkdir -p $B
+	$(CC) $(CFLAGS) -DTESTS -o $@ generate.c $(LIBS)
+
+# The gradient checker is one source compiled twice: in double, with main(), and in float, lent.
+# SOURCES and OUT: other people's, a student's or a mutant's.
+SOURCES = .
+OUT = test_gradients
+OBJECTS = $(if $(filter .,$(SOURCES)),$B,$(SOURCES))
+
+$(OUT): $(OBJECTS)/double.o $(OBJECTS)/c_float.o
+	$(CC) -o $@ $^ $(LIBS)
+
+$(OBJECTS)/double.o: $(SOURCES)/test_gradients.c $(SOURCES)/train.c
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS) -c -o $@ $<
+
+$(OBJECTS)/c_float.o: $(SOURCES)/test_gradients.c $(SOURCES)/train.c
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS) -DLEND=c_float -DREAL=float -c -o $@ $<
+
+# The GPU. train_gpu is built for the GPU in this machine; if there is none, for all since Turing
+# (2018). make train_gpu ARCH=sm_90 says which.
+NVCC := $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/cuda/bin/nvcc))
+HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
+ARCH = $(if $(HAS_GPU),native,all-major)
+NVCCFLAGS = -std=c++17 -O3 -arch=$(ARCH) -Xcompiler -Wall,-Wextra,-pthread -I.
+
+train_gpu: train_gpu.cu train.c
+	$(if $(NVCC),$(NVCC) $(NVCCFLAGS) -o $@ $<,\
+	  @echo "no nvcc here, so no train_gpu: ./train does the same on the CPU")
+
+# The gradient checker again: the kernels in double and in float, beside train.c in double. Where
+# nvcc and a GPU are, there; else on the emulator in test_gradients.c. One line of sed is all that it
+# asks for: kernel<<<grid, block, 0, stream>>>(x) becomes LAUNCH(kernel, grid, block, 0, stream)(x).
+# The emulator runs blocks of 2 warps in double, which is quicker, and of 8 in float.
+ON_GPU = $(and $(NVCC),$(HAS_GPU))
+KERNELS = $(if $(ON_GPU),train_gpu.cu,$(OBJECTS)/train_gpu.h)
+GPUXX = $(if $(ON_GPU),$(NVCC) $(NVCCFLAGS) -x cu,$(CXX) -x c++ -std=c++17 -O2 $(NATIVE) -g $(WARN) -I.)
+GPUFLAGS = '-DKERNELS="$(KERNELS)"' -DGPU $(EXTRA)
+
+$(OBJECTS)/train_gpu.h: $(SOURCES)/train_gpu.cu
+	@mkdir -p $(@D)
+	(echo '#line 1 "train_gpu.cu"'; \
+	 sed 's/\([A-Za-z0-9_]*\)<<<\(.*\)>>>/LAUNCH(\1, \2)/' $<) >$@
+
+test_gradients_gpu: $B/gpu_double.o $B/gpu_float.o $B/c_double.o
+	$(if $(ON_GPU),$(NVCC) -arch=$(ARCH),$(CXX)) -o $@ $^ -lpthread -lm
+
+$B/gpu_double.o: test_gradients.c $B/train_gpu.h train.c
+	$(GPUXX) $(GPUFLAGS) $(if $(ON_GPU),,-DWARPS=2) -c -o $@ $<
+
+$B/gpu_float.o: test_gradients.c $B/train_gpu.h train.c
+	$(GPUXX) '-DKERNELS="$(if $(ON_GPU),train_gpu.cu,$B/train_gpu.h)"' -DGPU -DLEND=gpu_float -DREAL=float -c -o $@ $<
+
+$B/c_double.o: test_gradients.c train.c
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS) -DLEND=c_double -c -o $@ $<
+
+# Searches the kernels for races: every layer once, and some updates, with the thread sanitizer
+# told who waits for whom. A barrier that is missing is reported with kernel and line.
+LAYERS = embedding layernorm linear attention gelu residual head crossentropy squared_error
+race: test_gradients_race
+	TSAN_OPTIONS="halt_on_error=1 atexit_sleep_ms=0" ./test_gradients_race $(LAYERS)
+	TSAN_OPTIONS="halt_on_error=1 atexit_sleep_ms=0" ./test_gradients_race --hash
+
+RACE_OUT = $(if $(filter %_race,$(OUT)),$(OUT),test_gradients_race)
+$(RACE_OUT): $(OBJECTS)/race.o $B/gpu_float.o $B/c_double.o
+	$(CXX) -fsanitize=thread -o $@ $^ $(LIBS)
+
+$(OBJECTS)/race.o: $(SOURCES)/test_gradients.c $(OBJECTS)/train_gpu.h
+	$(CXX) -x c++ -std=c++17 -O1 -g -fsanitize=thread $(WARN) -I. '-DKERNELS="$(OBJECTS)/train_gpu.h"' \
+	  -DGPU -DWARPS=2 -DMOVE_EACH=0 $(EXTRA) -c -o $@ $<
+
+# Plants bugs, one at a time, and sees whether the checker finds each.
+mutants:
+	@.ci/mutants
 
 data/tales: data/tales.c
 	$(CC) -std=c11 -O2 $(WARN) -o $@ data/tales.c -lm
@@ -58,14 +141,21 @@ data/shakespeare.txt:
 	if [ "$$sum" = "$(SHA256)" ]; then mv $@.tmp $@; else rm -f $@.tmp; \
 	  echo "what came is not tiny Shakespeare: its SHA-256 is $$sum, expected $(SHA256)"; exit 1; fi
 
-# Step time, tokens/s and GFLOP/s of three sizes of model: the median of the steps of a run.
-bench: train data/tales.txt
+# Step time, tokens/s and GFLOP/s of three sizes of model: the median of the steps of a run. Then
+# tokens/s of generate, and how near that is to reading the weights and doing nothing else.
+bench: train generate data/tales.txt
 	@.ci/bench
+	@./generate --bench
+	@if [ -f run/config.json ]; then ./generate --bench run; fi
+
+# Exercise N of .ci/exercises, in .build/exercise-N: sets it up, then judges what is there.
+exercise:
+	@.ci/exercise "$(N)"
 
 clean:
-	rm -rf $B train train_gpu generate test_gradients test_gradients_gpu data/tales
+	rm -rf $B train train_gpu generate test_gradients test_gradients_gpu test_gradients_race data/tales
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
-.PHONY: all run test bench clean help
+.PHONY: all run test race mutants bench clean help

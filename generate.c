@@ -8,16 +8,16 @@
 //
 // Both are compared by what the model itself says of the result: the loss, -log p, of its bytes.
 //
-// A step costs reading every weight once, because a token sees older tokens only through their keys
-// and values, and those are kept: the KV cache. Rows, texts that are written at the same time, share
-// that read. Letters as in train.c; N rows, and T the context.
+// A step costs reading every weight once, because a token sees older tokens only through their
+// keys and values, and those are kept: the KV cache. Rows, texts that are written at the same time,
+// share that read. Letters as in train.c; N rows, and T the context.
 //
 // Read in this order: step() and advance() in room 1, then room 2, a page each for drawing and for
 // searching, then write_text() in room 4. Rooms: 1 a step, 2 the choice, 3 looking inside,
 // 4 writing, 5 speed, 6 options and main; then tests.
 //
-//   ./generate --prompt "Once"            a text, from the model in run/
-//   ./generate --compare --beam 8         greedy and beam search side by side; --help lists the rest
+//   ./generate --prompt "Once"     a text, from the model in run/
+//   ./generate --compare           greedy and beam search side by side; --help lists the rest
 
 #define NO_MAIN   // train.c's
 #pragma GCC diagnostic ignored "-Wunused-function"   // this program does not train
@@ -26,8 +26,8 @@
 // ---- 1. A step --------------------------------------------------------------------------------
 // The context slides: when a text outgrows the window of T tokens, the window moves on by half. Its
 // newest half is computed again, once, since each token now has another position, and all goes on.
-// This one rule, window_of(), holds for prompts, for writing and for the loss of a text, so that the
-// loss is that of the very probabilities the text was written with.
+// This one rule, window_of(), holds for prompts, for writing and for the loss of a text, so that
+// the loss is that of the very probabilities the text was written with.
 
 typedef struct {
   Model model;
@@ -86,12 +86,13 @@ static void writer_free(Writer *w) {
   device_free(w->cell); device_free(w->old_cell);
 }
 
-// y[n,o] = sum_c x[n,c] w[c,o] + b[o] for the few rows of a step. Nothing is used twice but across
-// rows, so no tile and no packing: a thread takes a range of columns, and walks down the rows of w
-// four at a time, in the order they lie in memory. Each vector that is loaded meets all rows n; the
-// sums are in y, in the innermost cache. y[n,o] is always the same sum in the same order, however
-// many rows and threads there are.
-enum { FEW = 16 };         // rows whose sums stay near; of more, w is read again for the next FEW
+// y[n,o] = sum_c x[n,c] w[c,o] + b[o] for the few rows of a step. Each weight is used once a row,
+// so there is nothing to pack, and reading w is all the cost: a thread takes a range of columns,
+// and walks down the rows of w four at a time, each in the order it lies in memory; what comes
+// AHEAD rows later is asked for now. Each vector that is loaded meets all rows n. The sums are in
+// y, and near: of many rows, fewer columns are taken in one walk. y[n,o] is always the same sum in
+// the same order, however many rows and threads there are.
+enum { FEW = 16, NEAR = 6144, AHEAD = 4 };   // rows in a walk; sums in a walk; rows of w
 static void columns_step(real *y, const real *x, const real *w, const real *bias, int N, int C,
                          int O, int from, int to) {
   for (int n = 0; n < N; n++) memcpy(y + (long)n*O + from, bias + from, (to - from) * sizeof(real));
@@ -103,13 +104,13 @@ static void columns_step(real *y, const real *x, const real *w, const real *bias
       for (int i = 0; i < 4; i++) x4[n][i] = c + i < C ? x[(long)n*C + c + i] : 0;
     int o = from;
     for (; o + VECTOR <= to; o += VECTOR) {
-      vec w4[4];
-      for (int i = 0; i < 4; i++) {
-        w4[i] = *(const vec *)(row[i] + o);
-        __builtin_prefetch(row[i] + o + 8L*O);
+      vec w0 = *(const vec *)(row[0] + o), w1 = *(const vec *)(row[1] + o);
+      vec w2 = *(const vec *)(row[2] + o), w3 = *(const vec *)(row[3] + o);
+      for (int i = 0; i < 4; i++) __builtin_prefetch(row[i] + o + (long)AHEAD*O);
+      UNROLL for (int n = 0; n < N; n++) {
+        vec *sum = (vec *)(y + (long)n*O + o);
+        *sum = *sum + x4[n][0]*w0 + x4[n][1]*w1 + x4[n][2]*w2 + x4[n][3]*w3;
       }
-      for (int n = 0; n < N; n++)
-        *(vec *)(y + (long)n*O + o) += x4[n][0]*w4[0] + x4[n][1]*w4[1] + x4[n][2]*w4[2] + x4[n][3]*w4[3];
     }
     for (; o < to; o++)
       for (int n = 0; n < N; n++)
@@ -122,9 +123,11 @@ static void linear_step(Tensor y, Tensor x, Affine p, int N, int C, int O) {
   parallel_for (part, n_threads) {
     int from = (int)(blocks * part / n_threads) * VECTOR;
     int to = MIN(O, (int)(blocks * (part + 1) / n_threads) * VECTOR);
-    for (int n = 0; n < N && from < to; n += FEW)
-      columns_step(y.data + (long)n*O, x.data + (long)n*C, p.weight.data, p.bias.data,
-                   MIN(FEW, N - n), C, O, from, to);
+    int width = NEAR / MIN(FEW, N) / VECTOR * VECTOR;
+    for (int n = 0; n < N; n += FEW)
+      for (int o = from; o < to; o += width)
+        columns_step(y.data + (long)n*O, x.data + (long)n*C, p.weight.data, p.bias.data,
+                     MIN(FEW, N - n), C, O, o, MIN(to, o + width));
   }
 }
 
@@ -269,6 +272,12 @@ static int by_probability(const void *a, const void *b) {   // equal ones: the s
 
 static int choices(int V) { return MIN(V, 256); }
 
+static void check_finite(double x) {
+  if (isfinite(x)) return;
+  printf("\n");                                   // ends what was written so far
+  die("the model's numbers are not finite: are its weights damaged?");
+}
+
 // p[v] = softmax(logits / temperature)[v], over n words.
 static void probabilities(Choice *choice, const real *logits, int n, double temperature) {
   double max = max_of(logits, n), sum = 0;
@@ -277,7 +286,7 @@ static void probabilities(Choice *choice, const real *logits, int n, double temp
     choice[v].p = exp((logits[v] - max) / temperature);
     sum += choice[v].p;
   }
-  if (!isfinite(sum)) die("the model's numbers are not finite: are its weights damaged?");
+  check_finite(sum);
   for (int v = 0; v < n; v++) choice[v].p /= sum;
 }
 
@@ -328,7 +337,7 @@ static int best_ways(Way *best, int most, const Writer *w, const double *score) 
     const real *logits = logits_of(w, row);
     double max = max_of(logits, V), sum = 0;
     for (int v = 0; v < V; v++) sum += exp(logits[v] - max);
-    if (!isfinite(sum)) die("the model's numbers are not finite: are its weights damaged?");
+    check_finite(sum);
     for (int v = 0; v < choices(V); v++) {
       Way way = {score[row] + logits[v] - max - log(sum), row, v};
       if (kept == most && way.score <= best[most - 1].score) continue;   // equal ones: the first
@@ -395,3 +404,684 @@ static double text_loss(Writer *w, const unsigned char *text, long first, long n
   }
   return sum;
 }
+
+// The picture of --attention: for each layer (down) and head (across) a triangle, in which row t
+// shows what byte t of the prompt looks at.
+enum { MOST_SEEN = 64, MAP = 240, GAP = 34, MARGIN = 60, HEAD_ROOM = 96 };   // bytes; pixels
+
+// att[t,s] of one head, from the queries and keys that forward() left: (n,n), zero for s > t.
+static void head_attention(const Model *m, int layer, int head, int n, real *att) {
+  int C = m->config.n_embd, D = C / m->config.n_head;
+  for (int t = 0; t < n; t++) {
+    const real *q = m->act[layer].qkv.data + (long)t*3*C + head*D, *k = q + C - (long)t*3*C;
+    for (int s = 0; s <= t; s++) att[t*n + s] = dot(q, k + (long)s*3*C, D);
+    real sum = softmax_weights(att + t*n, t + 1, n, max_of(att + t*n, t + 1), 1 / sqrt_(D));
+    for (int s = 0; s <= t; s++) att[t*n + s] /= sum;
+  }
+}
+
+// How many bytes back a head looks, on average.
+static double mean_distance(const real *att, int n) {
+  double sum = 0;
+  for (int t = 0; t < n; t++)
+    for (int s = 0; s < t; s++) sum += att[t*n + s] * (t - s);
+  return sum / n;
+}
+
+// The character that starts at byte i, fit for XML; a dot for the rest of one, or what is none.
+static void svg_label(String *s, const unsigned char *text, int n, int i, double x, double y,
+                      const char *style) {
+  char label[16] = "\xc2\xb7";
+  int length = utf8_length(text + i, n - i);
+  if (text[i] == ' ') strcpy(label, "\xe2\x90\xa3");
+  else if (text[i] == '\n') strcpy(label, "\xe2\x86\xb5");
+  else if (text[i] == '<') strcpy(label, "&lt;");
+  else if (text[i] == '&') strcpy(label, "&amp;");
+  else if (length > 0 && text[i] > 32 && text[i] != 127)
+    snprintf(label, length + 1, "%s", text + i);
+  svg_text(s, x, y, style, label);
+}
+
+static void svg_head(String *s, const real *att, const unsigned char *text, int n, double x,
+                     double y) {
+  double side = (double)MAP / n, size = MIN(11, side);
+  char style[80];
+  append(s, "<path d=\"M%.1f %.1fL%.1f %.1fH%.1fz\" fill=\"#f1f4f9\"/>\n", x, y, x + MAP, y + MAP,
+         x);
+  for (int t = 0; t < n; t++)
+    for (int u = 0; u <= t; u++) {
+      double a = sqrt(att[t*n + u]);              // the root shows small weights, too
+      if (a < 0.05) continue;
+      append(s, "<rect x=\"%.2f\" y=\"%.2f\" width=\"%.2f\" height=\"%.2f\" "
+             "fill=\"rgb(%.0f,%.0f,%.0f)\"/>\n", x + u*side, y + t*side, side, side,
+             241 - 233*a, 244 - 196*a, 249 - 142*a);
+    }
+  snprintf(style, sizeof style, "font-size=\"%.1f\" text-anchor=\"middle\" fill=\"#666\"", size);
+  for (int t = 0; t < n; t++) {
+    svg_label(s, text, n, t, x - size*0.7, y + (t + 0.5)*side + size*0.35, style);
+    svg_label(s, text, n, t, x + (t + 0.5)*side, y + MAP + size*1.1, style);
+  }
+}
+
+static void write_attention(Writer *w, const unsigned char *text, long bytes, const char *path) {
+  Model *m = &w->model;
+  int L = m->config.n_layer, H = m->config.n_head, n = (int)MIN(bytes, MIN(MOST_SEEN, m->rows));
+  int width = 2*MARGIN + H*MAP + (H - 1)*GAP, height = HEAD_ROOM + L*(MAP + 2*GAP) + GAP;
+  real *att = (real *)malloc(n*n * sizeof(real));
+  if (!att) die("no memory for %d attention weights", n*n);
+  whole_window(m, text, bytes - n, n);
+  text += bytes - n;
+  String s = {NULL, 0, 0};
+  append(&s, "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 %d %d\" "
+         "font-family=\"Helvetica, Arial, sans-serif\" font-size=\"13\" fill=\"#333\">\n"
+         "<rect width=\"%d\" height=\"%d\" fill=\"white\"/>\n", width, height, width, height);
+  svg_text(&s, MARGIN, 30, "font-size=\"18\"", "What each byte looks at");
+  char key[200];
+  snprintf(key, sizeof key, "A row is a byte, its columns the bytes up to it: the darker, the more "
+           "attention. Spread evenly, it would go %.1f bytes back.", (n - 1) / 4.0);
+  svg_text(&s, MARGIN, 52, "fill=\"#666\"", key);
+  for (int l = 0; l < L; l++)
+    for (int h = 0; h < H; h++) {
+      char caption[128];
+      double x = MARGIN + h*(MAP + GAP), y = HEAD_ROOM + l*(MAP + 2*GAP);
+      head_attention(m, l, h, n, att);
+      snprintf(caption, sizeof caption, "layer %d, head %d: %.1f bytes back", l + 1, h + 1,
+               mean_distance(att, n));
+      svg_text(&s, x, y - 10, "", caption);
+      svg_head(&s, att, text, n, x, y);
+    }
+  append(&s, "</svg>\n");
+  Output out = output_open(path);
+  output_write(&out, s.at, s.size);
+  output_close(&out);
+  fprintf(stderr, "%s: the attention of %d heads over %d bytes\n", path, L*H, n);
+  free(s.at);
+  free(att);
+}
+
+// ---- 4. Writing -------------------------------------------------------------------------------
+
+static struct {
+  const char *folder, *prompt, *score, *attention;
+  int tokens, top_k, greedy, beam, seed, threads, compare, samples, explain, bench;
+  double temperature, top_p, length_penalty;
+} gen;   // each has the name of its option: room 6
+
+static struct { const unsigned char *byte; long n; } prompt;
+
+// How much of row 0 is settled: what all hypotheses of a search agree on.
+static long settled(Writer *w, long n, int beam) {
+  if (!beam) return w->n;
+  for (; n < w->n; n++)
+    for (int row = 1; row < w->rows; row++)
+      if (text_of(w, row)[n] != text_of(w, 0)[n]) return n;
+  return n;
+}
+
+typedef struct { double score, seconds; } Written;   // log p of a beam's best; time of all steps
+
+// Goes on from the prompt by gen.tokens bytes: rows drawn with s, or one searched for with a beam.
+// With `stream`, row 0 is printed as it is made.
+static Written write_text(Writer *w, const Sampler *s, int rows, int beam, int stream) {
+  double score[256] = {0}, started = seconds();
+  unsigned char byte[256];
+  long agreed = prompt.n, printed = gen.prompt ? 0 : prompt.n;   // no prompt: nothing to repeat
+  start_writing(w, prompt.byte, prompt.n, beam ? 1 : rows);
+  if (stream) printed += print_text(text_of(w, 0) + printed, prompt.n - printed, 0);
+  for (int i = 0; i < gen.tokens; i++) {
+    if (beam) beam_step(w, score);
+    else {
+      for (int row = 0; row < rows; row++)
+        byte[row] = (unsigned char)choose(s, logits_of(w, row), w->model.config.vocab_size, row, i);
+      advance(w, byte);
+    }
+    agreed = settled(w, agreed, beam);
+    if (stream) printed += print_text(text_of(w, 0) + printed, agreed - printed, 0);
+  }
+  if (stream) print_text(text_of(w, 0) + printed, w->n - printed, 1);
+  if (stream) printf("\n");
+  Written written = {score[0], seconds() - started};
+  return written;
+}
+
+static void explain_row(Writer *w, const unsigned char *text) {
+  printf("\nbyte       p   | the five likeliest, and what was chosen <\n");
+  text_loss(w, text, prompt.n, prompt.n + gen.tokens, 1);
+}
+
+static void print_speed(int rows, double seconds_) {
+  if (gen.tokens) fprintf(stderr, "%d bytes, %.0f tokens/s, threads %d\n", rows * gen.tokens,
+          rows * gen.tokens / seconds_, n_threads);
+}
+
+static void write_samples(Writer *w) {
+  Sampler s = {gen.greedy ? 0 : gen.temperature, gen.top_p, gen.top_k, gen.seed};
+  int most = gen.samples;
+  if (most > 1) printf("--- 1 of %d ---\n", most);
+  Written written = write_text(w, &s, most, gen.beam, 1);
+  for (int row = 1; row < most; row++) {
+    long from = gen.prompt ? 0 : prompt.n;
+    printf("--- %d of %d ---\n", row + 1, most);
+    print_text(text_of(w, row) + from, w->n - from, 1);
+    printf("\n");
+  }
+  if (gen.explain) explain_row(w, text_of(w, 0));
+  if (gen.beam)
+    fprintf(stderr, "beam %d: log p %.3f, score %.4f\n", gen.beam, written.score,
+            written.score / pow(gen.tokens, gen.length_penalty));
+  print_speed(most, written.seconds);
+}
+
+// ---- Greedy against beam search: --compare
+
+// Prints the next line of a text in a column of this width, broken between words where it can be;
+// returns where the line after it begins.
+static const unsigned char *print_cell(const unsigned char *p, const unsigned char *end,
+                                       int width) {
+  const unsigned char *stop = p, *space = NULL;
+  int columns = 0;
+  while (stop < end && *stop != '\n') {
+    int length = utf8_length(stop, end - stop), wide = length >= 3 ? 2 : 1;   // as Chinese is
+    if (columns + wide > width) { if (space) stop = space; break; }
+    columns += wide;
+    stop += MAX(1, length);
+    if (stop[-1] == ' ') space = stop;
+  }
+  for (columns = 0; p < stop; ) {
+    int length = utf8_length(p, stop - p);
+    if (*p == '\t') putchar(' '), p++;
+    else p += print_text(p, MAX(1, length), 1);
+    columns += length >= 3 ? 2 : 1;
+  }
+  printf("%*s", width - columns, "");
+  return p < end && *p == '\n' ? p + 1 : p;
+}
+
+static void print_side_by_side(const unsigned char *a, const unsigned char *b, long n) {
+  const unsigned char *end_a = a + n, *end_b = b + n;
+  while (a < end_a || b < end_b) {
+    a = print_cell(a, end_a, 46);
+    printf(" | ");
+    b = print_cell(b, end_b, 46);
+    printf("\n");
+  }
+}
+
+static void print_parting(Writer *w, const unsigned char *a, const unsigned char *b) {
+  long i = prompt.n, end = prompt.n + gen.tokens;
+  char x[8], y[8];
+  while (i < end && a[i] == b[i]) i++;
+  if (i == end) { printf("They wrote the same text.\n"); return; }
+  double p = exp(-text_loss(w, a, i, i + 1, 0)), q = exp(-text_loss(w, b, i, i + 1, 0));
+  printf("They part after %ld byte%s: greedy took %s (%.1f %%), beam search %s (%.1f %%).\n",
+         i - prompt.n, i - prompt.n == 1 ? "" : "s", readable(x, a[i]), 100 * p, readable(y, b[i]), 100 * q);
+}
+
+static void compare(Writer *w) {
+  Sampler greedy = {0, 1, 0, 0};
+  long n = prompt.n + gen.tokens;
+  unsigned char *text[2];
+  double loss[2], rate[2];
+  for (int i = 0; i < 2; i++) {
+    Written written = write_text(w, &greedy, 1, i ? gen.beam : 0, 0);
+    text[i] = (unsigned char *)malloc(n);
+    if (!text[i]) die("no memory for a text of %ld bytes", n);
+    memcpy(text[i], text_of(w, 0), n);
+    rate[i] = gen.tokens / written.seconds;
+    loss[i] = text_loss(w, text[i], prompt.n, n, 0);
+  }
+  printf("%-46s | beam search, %d hypotheses\n%.47s+%.47s\n", "greedy", gen.beam,
+         "------------------------------------------------",
+         "------------------------------------------------");
+  print_side_by_side(text[0] + (gen.prompt ? 0 : 1), text[1] + (gen.prompt ? 0 : 1),
+                     n - (gen.prompt ? 0 : 1));
+  printf("\n%-12s %10s %10s %12s %10s\n", "", "loss", "a byte", "score", "tokens/s");
+  for (int i = 0; i < 2; i++)
+    printf("%-12s %10.3f %10.4f %12.4f %10.0f\n", i ? "beam search" : "greedy", loss[i],
+           loss[i] / gen.tokens, -loss[i] / pow(gen.tokens, gen.length_penalty), rate[i]);
+  print_parting(w, text[0], text[1]);
+  double times = exp(fabs(loss[0] - loss[1]));
+  if (loss[0] == loss[1]) printf("To the model both are as likely.\n");
+  else printf("To the model, what %s wrote is %.*f times as likely.\n",
+              loss[1] < loss[0] ? "beam search" : "greedy", times < 100 ? 1 : 0, times);
+  free(text[0]);
+  free(text[1]);
+}
+
+static void score(Writer *w, const unsigned char *text, long n) {
+  double loss = text_loss(w, text, 1, n, gen.explain) / (n - 1);
+  check_finite(loss);
+  printf("bytes %ld\nperplexity %.4f\nbits per byte %.6f\nloss %.6f\n", n, exp(loss),
+         loss / log(2), loss);
+}
+
+// ---- 5. Speed ---------------------------------------------------------------------------------
+
+// How many threads a step is worth. It has ten barriers a layer, of some 2 us each if there is
+// anybody to wait for (more on a busy machine); alone it reads weights at some 25 GB/s, and a row
+// more costs a sixteenth of that in arithmetic. So a model of a few MB is best read by one thread.
+// More must pay well, as each barrier waits for whichever core is busy with something else.
+static int worthwhile_threads(const Model *m, int rows, int cores) {
+  double barriers = 10.0 * m->config.n_layer + 3, best = INFINITY;
+  double alone = m->count * sizeof(real) * (1 + rows / 16.0) / 25e9;
+  int threads = 1;
+  for (int k = 1; k <= cores; k++) {
+    double t = alone / k + (k > 1) * barriers * 2e-6;
+    if (t < 0.7 * best) best = t, threads = k;
+  }
+  return threads;
+}
+
+// Reads all weights and does next to nothing with them: the most that a step could do.
+static void read_all(void *argument) {
+  Model *m = (Model *)argument;
+  parallel_for (chunk, chunks(m->n_weights)) {
+    const real *x = m->weights.data + chunk*CHUNK;
+    long n = MIN((long)CHUNK, m->n_weights - chunk*CHUNK) / (4*VECTOR) * (4*VECTOR);
+    vec sum[4] = {{0}};
+    for (long i = 0; i < n; i += 4*VECTOR)
+      for (int j = 0; j < 4; j++) sum[j] += *(const vec *)(x + i + j*VECTOR);
+    vec all = sum[0] + sum[1] + sum[2] + sum[3];
+    m->partial[chunk] = all[0];
+  }
+}
+
+// Tokens a second, beside what reading the weights alone takes, in turns: the best of each counts,
+// as on a shared machine only the best says what the program can do.
+static void bench(Writer *w) {
+  Model *m = &w->model;
+  int T = m->config.block_size;
+  double bytes = (double)(m->count - entry_count(&m->parameter[1])) * sizeof(real);   // not wpe
+  double all = (double)m->n_weights * sizeof(real), read = INFINITY;
+  unsigned char byte[FEW] = "\n";
+  printf("%.2f M parameters, %.1f MB of weights, threads %d\n", m->count / 1e6, all / 1e6,
+         n_threads);
+  for (int rows = 1; rows <= w->most; rows *= 2) {
+    double best = INFINITY, now = seconds(), until = now + 2;
+    start_writing(w, byte, 1, rows);
+    while (now < until) {
+      launch(read_all, m);
+      double middle = seconds();
+      read = MIN(read, middle - now);
+      if (w->n - w->start == MIN(T, 128)) start_writing(w, byte, 1, rows);
+      middle = seconds();
+      advance(w, byte);
+      now = seconds();
+      if (w->n > 2) best = MIN(best, now - middle);
+    }
+    printf("rows %-3d %9.0f tokens/s | weights read at %6.1f GB/s, %3.0f %% of the %.1f GB/s that "
+           "reading alone reaches\n", rows, rows / best, bytes / best * 1e-9,
+           100 * bytes / best / (all / read), all / read * 1e-9);
+    fflush(stdout);
+  }
+}
+
+// ---- 6. Options and main ----------------------------------------------------------------------
+
+#ifndef TESTS
+static Option generate_options[] = {
+  {"prompt", TEXT, &gen.prompt, NULL, 0, 0, 0,
+   "what the text begins with; a line break, not printed, if not given", 0},
+  {"tokens", INTEGER, &gen.tokens, "256", 0, 1e7, 0, "bytes to write", 0},
+  {"temperature", NUMBER, &gen.temperature, "0.8", 0, 100, 0,
+   "below 1: likely bytes become likelier; 0: greedy", 0},
+  {"top_k", INTEGER, &gen.top_k, "0", 0, 256, 0, "draw among the k likeliest; 0: all", 0},
+  {"top_p", NUMBER, &gen.top_p, "1", 0, 1, 0,
+   "draw among the fewest that add up to this probability", 0},
+  {"greedy", FLAG, &gen.greedy, NULL, 0, 0, 0, "always take the likeliest byte", 0},
+  {"beam", INTEGER, &gen.beam, NULL, 1, 256, 0, "search with this many hypotheses", 0},
+  {"length_penalty", NUMBER, &gen.length_penalty, "0", 0, 10, 0,
+   "a text's score is log p / length^this; all being equally long, it chooses nothing", 0},
+  {"samples", INTEGER, &gen.samples, "1", 1, 256, 0, "texts to write at once", 0},
+  {"seed", INTEGER, &gen.seed, "1337", 0, 2147483647, 0, "of what is drawn", 0},
+  {"compare", FLAG, &gen.compare, NULL, 0, 0, 0, "greedy and beam search (of 4) side by side", 0},
+  {"score", TEXT, &gen.score, NULL, 0, 0, 0, "print the loss of this text, and end", 0},
+  {"explain", FLAG, &gen.explain, NULL, 0, 0, 0, "show what else each byte might have been", 0},
+  {"attention", TEXT, &gen.attention, NULL, 0, 0, 0,
+   "draw what each head looks at, in the prompt, to this .svg file", 0},
+  {"bench", FLAG, &gen.bench, NULL, 0, 0, 0,
+   "time steps of the model in DIR; with no DIR, of one with 10.8 M parameters", 0},
+  {"threads", INTEGER, &gen.threads, NULL, 1, 1024, 0, "threads (as many as help if not given)", 0},
+  {NULL, FLAG, NULL, NULL, 0, 0, 0, NULL, 0}};
+
+static const char GENERATE_USAGE[] =
+  "usage: generate [DIR] [options]\n\n"
+  "Writes text with the GPT in DIR, which is run if not given: any GPT-2 folder whose tokens are\n"
+  "bytes. An option is written --name value or --name=value; shown with the value it has if not\n"
+  "given.\n";
+
+static void check_choices(void) {
+  if (gen.greedy && gen.beam) die("--greedy is --beam 1: leave one out");
+  if (gen.samples > 1 && (gen.greedy || gen.beam || gen.compare))
+    die("--samples %d with --greedy, --beam or --compare: they write one text, always the same",
+        gen.samples);
+  if (gen.compare && gen.greedy) die("--compare is greedy and beam search: leave out --greedy");
+  if (gen.compare && !gen.tokens) die("--compare with --tokens 0 compares nothing");
+  if (gen.score && (!*gen.score || !gen.score[1]))
+    die("--score takes a text of two bytes or more: the first is only what the second follows");
+  if (gen.compare && !gen.beam) gen.beam = 4;
+}
+
+// A config.json is believed if it speaks of no more numbers than the file of weights could have.
+static void check_size(Config c, const char *folder) {
+  char path[4096];
+  struct stat info;
+  join(path, folder, "model.safetensors");
+  if (stat(path, &info)) die("%s: %s: is %s what --out of ./train names?", path, strerror(errno),
+                             folder);
+  double C = c.n_embd, numbers = c.n_layer * 12.0*C*C + ((double)c.vocab_size + c.block_size) * C;
+  if (2 * numbers > (double)info.st_size)
+    die("%s has %ld bytes, but %s/config.json speaks of %.0f numbers: damaged, or of two models?",
+        path, (long)info.st_size, folder, numbers);
+}
+
+static void check_bytes(const unsigned char *text, long n, int V, const char *what) {
+  for (long i = 0; i < n; i++)
+    if (text[i] >= V)
+      die("byte %ld of %s is %d, but the model's vocabulary has %d words", i, what, text[i], V);
+}
+
+int main(int argc, char **argv) {
+  program = "generate";
+  parse_options(generate_options, argc, argv, GENERATE_USAGE, &gen.folder, 1);
+  check_choices();
+  int timed = gen.bench && !gen.folder;
+  Config config = {6, 6, 384, 256, 256};
+  if (!gen.folder) gen.folder = "run";
+  if (!timed) {
+    if (access(gen.folder, F_OK))
+      die("%s: %s: train a model first (make run), or name its folder", gen.folder,
+          strerror(errno));
+    config = read_config(gen.folder);
+    check_size(config, gen.folder);
+  }
+  if (config.vocab_size > 256)
+    fprintf(stderr, "generate: of %d words, only the first 256 are written, as bytes: a model "
+            "whose tokens are something else will write nonsense\n", config.vocab_size);
+  if (gen.prompt && !*gen.prompt) gen.prompt = NULL;
+  const char *text = gen.score ? gen.score : gen.prompt ? gen.prompt : "\n";
+  prompt.byte = (const unsigned char *)text;
+  prompt.n = (long)strlen(text);
+  check_bytes(prompt.byte, prompt.n, config.vocab_size, gen.score ? "--score" : "the prompt");
+  if (prompt.n > config.block_size && !gen.score)
+    fprintf(stderr, "generate: the prompt has %ld bytes, the model's context %d: its newest %ld "
+            "are used\n", prompt.n, config.block_size,
+            prompt.n - window_of(prompt.n - 1, config.block_size));
+  int rows = gen.bench ? FEW : MAX(gen.beam, gen.samples);
+  int cores = (int)MAX(1, MIN(1024, sysconf(_SC_NPROCESSORS_ONLN)));
+  Writer w;
+  writer_plan(&w, config, rows, gen.bench ? 1024 : prompt.n + gen.tokens);
+  device_start(gen.threads ? gen.threads : worthwhile_threads(&w.model, rows, cores));
+  writer_allocate(&w);
+  if (timed) model_init(&w.model, 1);
+  else read_weights(&w.model, gen.folder);
+  if (gen.attention) write_attention(&w, prompt.byte, prompt.n, gen.attention);
+  if (gen.bench) bench(&w);
+  else if (gen.score) score(&w, prompt.byte, prompt.n);
+  else if (gen.compare) compare(&w);
+  else write_samples(&w);
+  writer_free(&w);
+  return 0;
+}
+#endif   // TESTS
+
+// ---- Tests ------------------------------------------------------------------------------------
+// Compiled with -DTESTS, this is a program that checks the rooms above on models of random weights.
+
+#ifdef TESTS
+static int passed, failed;
+__attribute__((format(printf, 2, 3)))
+static void check(int ok, const char *format, ...) {
+  va_list args;
+  va_start(args, format);
+  printf(ok ? "ok    " : "FAIL  ");
+  vprintf(format, args);
+  printf("\n");
+  va_end(args);
+  if (ok) passed++; else failed++;
+}
+
+// A small model with strong opinions: its weights are larger than those training starts from.
+static void test_model(Writer *w, int V, int T, int C, int most, long room) {
+  Config config = {2, 2, C, T, V};
+  writer_plan(w, config, most, room);
+  writer_allocate(w);
+  model_init(&w->model, 5);
+  for (long i = 0; i < w->model.n_weights; i++)
+    if (i < w->model.n_matrices) w->model.weights.data[i] *= 12;
+    else w->model.weights.data[i] += (real)(0.2 * random_normal(7, i));
+}
+
+static void random_text(unsigned char *text, long n, int V) {
+  for (long i = 0; i < n; i++) text[i] = (unsigned char)(random_bits(3, i) % V);
+}
+
+// Writes a given text in several rows; each step's logits must be those of forward().
+static void test_cache(int T, int C, int rows, long prompt_size) {
+  Writer w, whole;
+  enum { BYTES = 60, V = 37 };
+  unsigned char text[BYTES + 1] = {0}, byte[32];
+  double worst = 0;
+  test_model(&w, V, T, C, rows, BYTES);
+  test_model(&whole, V, T, C, 1, BYTES);
+  random_text(text, BYTES, V);
+  start_writing(&w, text, prompt_size, rows);
+  for (;;) {
+    for (int row = 0; row < rows; row++) {
+      unsigned char *own = text_of(&w, row);
+      long start = window_of(w.n - 1, T);
+      whole_window(&whole.model, own, start, (int)(w.n - start));
+      const real *expected = whole.model.logits.data + (w.n - 1 - start)*V;
+      for (int v = 0; v < V; v++)
+        worst = MAX(worst, fabs(logits_of(&w, row)[v] - expected[v]) / MAX(1, fabs(expected[v])));
+    }
+    if (w.n == BYTES) break;
+    for (int row = 0; row < rows; row++) byte[row] = (unsigned char)((text[w.n] + row) % V);
+    advance(&w, byte);
+  }
+  check(worst < 1e-5, "cache: logits of %ld steps x %d rows, context %d, %d channels, differ from "
+        "forward() by %.1e", BYTES - prompt_size, rows, T, C, worst);
+  writer_free(&w);
+  writer_free(&whole);
+}
+
+static void test_window(void) {   // every byte has a place, and at least half a window before it
+  int ok = 1;
+  for (int T = 1; T < 12; T++)
+    for (long i = 0; i < 100; i++) {
+      long start = window_of(i, T);
+      ok &= start <= i && i - start < T && (start == 0 || i - start >= T/2);
+      ok &= i == 0 || start == window_of(i - 1, T) || i - 1 - window_of(i - 1, T) == T - 1;
+    }
+  check(ok, "window: holds every byte, moves only when full, keeps half");
+}
+
+// Draws many times; chi-square against the distribution that the definitions give.
+static void test_sampler(const char *name, Sampler s) {
+  enum { V = 24, DRAWS = 200000 };
+  real logits[V];
+  double p[V], sum = 0, kept = 0, chi2 = 0;
+  int order[V], count[V] = {0}, n = s.top_k ? s.top_k : V, degrees = -1, stray = 0;
+  for (int v = 0; v < V; v++) logits[v] = (real)(2 * random_normal(9, v)), order[v] = v;
+  for (int v = 0; v < V; v++) p[v] = exp(logits[v] / s.temperature);
+  for (int i = 0; i < V; i++)                             // likeliest first
+    for (int j = i + 1; j < V; j++)
+      if (p[order[j]] > p[order[i]]) { int o = order[i]; order[i] = order[j]; order[j] = o; }
+  for (int i = 0; i < n; i++) sum += p[order[i]];
+  for (int i = 0; i < n; i++) {                           // the one that crosses top_p stays
+    if (kept >= s.top_p * sum) n = i;
+    else kept += p[order[i]];
+  }
+  for (int i = 0; i < V; i++) p[order[i]] = i < n ? p[order[i]] / kept : 0;
+  for (long i = 0; i < DRAWS; i++) count[choose(&s, logits, V, 0, i)]++;
+  for (int v = 0; v < V; v++) {
+    double expected = DRAWS * p[v];
+    if (expected > 0) chi2 += (count[v] - expected) * (count[v] - expected) / expected, degrees++;
+    else stray += count[v];
+  }
+  double limit = degrees + 4 * sqrt(2.0 * degrees) + 8;   // passed by chance once in 10^4
+  check(chi2 < limit && !stray, "sampler: %s: %d bytes possible, chi-square %.1f, limit %.1f", name,
+        degrees + 1, chi2, limit);
+}
+
+static void test_ties(void) {
+  real logits[4] = {1, 3, 3, 0}, equal[4] = {2, 2, 2, 2};
+  Sampler greedy = {0, 1, 0, 0};
+  Choice c[4];
+  check(choose(&greedy, logits, 4, 0, 0) == 1, "greedy: of equal bytes the smaller");
+  probabilities(c, equal, 4, 1);
+  int n = truncate_choices(c, 4, 3, 1);
+  check(n == 3 && c[0].byte == 0 && c[2].byte == 2 && fabs(c[0].p - 1/3.0) < 1e-12,
+        "top-k: of equal bytes the smaller, renormalised");
+  probabilities(c, equal, 4, 1);
+  n = truncate_choices(c, 4, 0, 0.5);
+  check(n == 2 && c[1].byte == 1, "top-p 0.5 of four equal bytes: two");
+  probabilities(c, logits, 4, 1);
+  check(truncate_choices(c, 4, 0, 0) == 1 && c[0].byte == 1, "top-p 0 is greedy");
+  Sampler narrow = {1e-3, 1, 0, 0};
+  check(choose(&narrow, logits, 1, 0, 0) == 0, "a vocabulary of one word");
+  Sampler plain = {1, 1, 0, 7};
+  int same = 0;
+  for (long i = 0; i < 1000; i++)
+    same += choose(&plain, equal, 4, 0, i) == choose(&plain, equal, 4, 1, i);
+  check(same > 190 && same < 310, "two samples draw alike by chance alone: %d of 1000, one in four "
+        "expected", same);
+}
+
+// With as many hypotheses as words, two steps of beam search see all pairs.
+static void test_exhaustive(void) {
+  enum { V = 16 };
+  Writer w;
+  double best[V], score[V] = {0}, worst = 0;
+  unsigned char pair[V][2];
+  unsigned char text[8] = {3, 1, 4, 1, 5};
+  test_model(&w, V, 8, 16, V, 8);
+  int kept = 0;
+  for (int a = 0; a < V; a++)
+    for (int b = 0; b < V; b++) {
+      text[5] = (unsigned char)a;
+      text[6] = (unsigned char)b;
+      double p = -text_loss(&w, text, 5, 7, 0);
+      int i = kept < V ? kept++ : p > best[V - 1] ? V - 1 : V;
+      for (; i < V && i > 0 && p > best[i - 1]; i--)
+        best[i] = best[i - 1], memcpy(pair[i], pair[i - 1], 2);
+      if (i < V) best[i] = p, memcpy(pair[i], text + 5, 2);
+    }
+  start_writing(&w, text, 5, 1);
+  beam_step(&w, score);
+  beam_step(&w, score);
+  int same = w.rows == V;
+  for (int i = 0; i < w.rows; i++) {
+    same &= !memcmp(text_of(&w, i) + 5, pair[i], 2);
+    worst = MAX(worst, fabs(score[i] - best[i]));
+  }
+  check(same && worst < 1e-4, "beam: with %d hypotheses, two steps are the %d best of all %d pairs "
+        "(log p to %.0e)", V, V, V*V, worst);
+  writer_free(&w);
+}
+
+// A long search, beyond the window: the scores it adds up are the losses of its texts, which a
+// wrong note of where a key lies would change; and one hypothesis is greedy.
+static void test_beam(void) {
+  enum { V = 20, BYTES = 50 };
+  Writer w;
+  unsigned char text[BYTES] = {1, 2, 3};
+  double score[6] = {0}, one[1] = {0}, worst = 0;
+  test_model(&w, V, 16, 24, 6, BYTES);
+  start_writing(&w, text, 3, 1);
+  while (w.n < BYTES) beam_step(&w, score);
+  for (int row = 0; row < w.rows; row++) {
+    memcpy(text, text_of(&w, row), BYTES);
+    worst = MAX(worst, fabs(score[row] + text_loss(&w, text, 3, BYTES, 0)));
+  }
+  check(worst < 1e-3, "beam: after %d steps and slides, log p of each row is minus its loss (to "
+        "%.0e)", BYTES - 3, worst);
+  writer_free(&w);
+  Sampler greedy = {0, 1, 0, 0};
+  int same = 1;
+  test_model(&w, V, 16, 24, 1, BYTES);
+  start_writing(&w, text, 3, 1);
+  while (w.n < BYTES) beam_step(&w, one);
+  memcpy(text, text_of(&w, 0), BYTES);
+  start_writing(&w, text, 3, 1);
+  while (w.n < BYTES) {
+    unsigned char byte = (unsigned char)choose(&greedy, logits_of(&w, 0), V, 0, 0);
+    same &= byte == text[w.n];
+    advance(&w, &byte);
+  }
+  check(same, "beam: one hypothesis is greedy");
+  writer_free(&w);
+}
+
+// Row 2 of three is, to the bit, the row that is written alone.
+static void test_rows(void) {
+  enum { V = 33, BYTES = 40 };
+  Writer three, one;
+  unsigned char byte[3], text[BYTES];
+  int same = 1;
+  test_model(&three, V, 16, 24, 3, BYTES);
+  test_model(&one, V, 16, 24, 1, BYTES);
+  random_text(text, BYTES, V);
+  start_writing(&three, text, 2, 3);
+  start_writing(&one, text, 2, 1);
+  while (one.n < BYTES) {
+    for (int row = 0; row < 3; row++) byte[row] = (unsigned char)((text[one.n] + 2 - row) % V);
+    advance(&three, byte);
+    advance(&one, byte + 2);
+    same &= !memcmp(logits_of(&three, 2), logits_of(&one, 0), V * sizeof(real));
+  }
+  check(same, "rows: one of three is bit for bit the one written alone");
+  writer_free(&three);
+  writer_free(&one);
+}
+
+static void test_attention(void) {   // the weights that the picture shows give forward()'s output
+  Writer w;
+  enum { V = 20, N = 13, C = 24, D = C / 2 };
+  unsigned char text[N + 1] = {0};
+  real att[N*N];
+  double worst = 0;
+  test_model(&w, V, 16, C, 1, N);
+  random_text(text, N, V);
+  whole_window(&w.model, text, 0, N);
+  Acts *a = &w.model.act[1];
+  for (int head = 0; head < 2; head++) {
+    head_attention(&w.model, 1, head, N, att);
+    for (int t = 0; t < N; t++)
+      for (int d = 0; d < D; d++) {
+        double out = 0;
+        for (int s = 0; s < N; s++) out += att[t*N + s] * a->qkv.data[s*3*C + 2*C + head*D + d];
+        worst = MAX(worst, fabs(out - a->attn.data[t*C + head*D + d]));
+      }
+  }
+  check(worst < 1e-5, "attention: what is drawn gives what forward() made of it, to %.0e", worst);
+  writer_free(&w);
+}
+
+int main(void) {
+  program = "test_generate";
+  device_start(2);
+  test_window();
+  test_cache(64, 32, 1, 1);
+  test_cache(16, 32, 3, 1);
+  test_cache(16, 48, 18, 5);     // more rows than linear_step() takes at once
+  test_cache(16, 10, 1, 40);     // the prompt is longer than the context; odd channels
+  test_cache(7, 6, 2, 7);
+  test_cache(1, 8, 1, 1);
+  Sampler plain = {1, 1, 0, 1}, warm = {2.5, 1, 0, 2}, cold = {0.4, 1, 0, 3}, k = {0.8, 1, 5, 4},
+          p = {1, 0.9, 0, 5}, both = {1.5, 0.7, 12, 6};
+  test_sampler("temperature 1", plain);
+  test_sampler("temperature 2.5", warm);
+  test_sampler("temperature 0.4", cold);
+  test_sampler("top-k 5", k);
+  test_sampler("top-p 0.9", p);
+  test_sampler("top-k 12, then top-p 0.7", both);
+  test_ties();
+  test_exhaustive();
+  test_beam();
+  test_rows();
+  test_attention();
+  printf("%d passed, %d failed\n", passed, failed);
+  return failed > 0;
+}
+#endif   // TESTS

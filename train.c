@@ -57,12 +57,14 @@ typedef struct { Tensor weight, bias; } Affine;   // the parameters of a linear 
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 
 static const char *program = "train";
+static int line_is_open;   // on a terminal: the live line waits to be written over
 
 // The one way out on an error: what was found, what was expected, what to do.
 __attribute__((noreturn, format(printf, 1, 2)))
 static void die(const char *format, ...) {
   va_list args;
   va_start(args, format);
+  if (line_is_open) printf("\n");
   fflush(stdout);
   fprintf(stderr, "%s: ", program);
   vfprintf(stderr, format, args);
@@ -608,14 +610,14 @@ static void attention_forward(Tensor out, Tensor lse, Tensor qkv, int B, int T, 
   parallel_for (bh, B*H) {
     const real *q = qkv.data + bh/H*T*3*C + bh%H*D, *k = q + C, *v = k + C;   // rows 3C apart
     real *o = out.data + bh/H*T*C + bh%H*D, att[SIDE*SIDE], max[SIDE], sum[SIDE];
-    for (int i = 0; i < T; i += SIDE)                       // queries i..i+rows-1
-      for (int j = 0; j <= i; j += SIDE) {                  // keys j..j+columns-1, none after i
+    for (long i = 0; i < T; i += SIDE)                      // queries i..i+rows-1
+      for (long j = 0; j <= i; j += SIDE) {                  // keys j..j+columns-1, none after i
         int rows = MIN(SIDE, T - i), columns = MIN(SIDE, T - j);
         matmul_job(att, SIDE, rows_of(q + i*3*C, 3*C), transpose(rows_of(k + j*3*C, 3*C)),
-                     rows, columns, D, 0, NULL);
+                   rows, columns, D, 0, NULL);
         for (int t = 0; t < rows; t++) {
           int seen = MIN(columns, i + t - j + 1);           // s <= t
-          real tile_max = max_of(att + t*SIDE, seen), *o_t = o + (i + t)*(long)C;
+          real tile_max = max_of(att + t*SIDE, seen), *o_t = o + (i + t)*C;
           if (j == 0) max[t] = tile_max, sum[t] = 0;
           if (tile_max > max[t]) {                          // what was summed with the old maximum
             real rescale = exp_((max[t] - tile_max) * scale);
@@ -625,10 +627,10 @@ static void attention_forward(Tensor out, Tensor lse, Tensor qkv, int B, int T, 
           }
           sum[t] += softmax_weights(att + t*SIDE, seen, columns, max[t], scale);
         }
-        matmul_job(o + i*(long)C, C, rows_of(att, SIDE), rows_of(v + j*3*C, 3*C),
-                     rows, D, columns, j > 0, NULL);
+        matmul_job(o + i*C, C, rows_of(att, SIDE), rows_of(v + j*3*C, 3*C),
+                   rows, D, columns, j > 0, NULL);
         for (int t = 0; j == i && t < rows; t++) {          // that was the last tile of the row
-          for (int d = 0; d < D; d++) o[(i + t)*(long)C + d] /= sum[t];
+          for (int d = 0; d < D; d++) o[(i + t)*C + d] /= sum[t];
           lse.data[bh*T + i + t] = max[t] * scale + (real)log(sum[t]);
         }
       }
@@ -646,23 +648,23 @@ static void attention_backward(Tensor out, Tensor lse, Tensor qkv, int B, int T,
     real *dq = qkv.grad + bh/H*T*3*C + bh%H*D, *dk = dq + C, *dv = dk + C;
     const real *o = out.data + bh/H*T*C + bh%H*D, *dout = out.grad + bh/H*T*C + bh%H*D;
     real att[SIDE*SIDE], dz[SIDE*SIDE];
-    for (int i = 0; i < T; i += SIDE)                       // queries i.., keys j.., as in forward
-      for (int j = 0; j <= i; j += SIDE) {
+    for (long i = 0; i < T; i += SIDE)                      // queries i.., keys j.., as in forward
+      for (long j = 0; j <= i; j += SIDE) {
         int rows = MIN(SIDE, T - i), columns = MIN(SIDE, T - j);
         Matrix q_i = rows_of(q + i*3*C, 3*C), k_j = rows_of(k + j*3*C, 3*C);
-        Matrix dout_i = rows_of(dout + i*(long)C, C), v_j = rows_of(v + j*3*C, 3*C);
+        Matrix dout_i = rows_of(dout + i*C, C), v_j = rows_of(v + j*3*C, 3*C);
         matmul_job(att, SIDE, q_i, transpose(k_j), rows, columns, D, 0, NULL);
         matmul_job(dz, SIDE, dout_i, transpose(v_j), rows, columns, D, 0, NULL);   // datt so far
-        for (int t = 0; t < rows; t++) {
+                   for (int t = 0; t < rows; t++) {
           real *att_t = att + t*SIDE, *dz_t = dz + t*SIDE, lse_t = lse.data[bh*T + i + t] / scale;
-          real expected = dot(dout + (i + t)*(long)C, o + (i + t)*(long)C, D);
+          real expected = dot(dout + (i + t)*C, o + (i + t)*C, D);
           softmax_weights(att_t, MIN(columns, i + t - j + 1), columns, lse_t, scale);
           for (int s = 0; s < columns; s++) dz_t[s] = att_t[s] * (dz_t[s] - expected) * scale;
         }
         // The first tile that reaches a row of dq, dk or dv sets it, the others add
         int first = i == j;   // the first queries that see these keys
         matmul_job(dv + j*3*C, 3*C, transpose(rows_of(att, SIDE)), dout_i,
-                     columns, D, rows, !first, NULL);
+                   columns, D, rows, !first, NULL);
         matmul_job(dq + i*3*C, 3*C, rows_of(dz, SIDE), k_j, rows, D, columns, j > 0, NULL);
         matmul_job(dk + j*3*C, 3*C, transpose(rows_of(dz, SIDE)), q_i, columns, D, rows, !first, NULL);
       }
@@ -1534,6 +1536,7 @@ static int by_place(const void *a, const void *b) {
 // shape says. Then no offset can point outside the file.
 static void check_saved(Safetensors *st, long file_size) {
   long at = 0;
+  if (st->n == 0) die("%s has no tensor at all: is it a GPT-2?", st->path);
   qsort(st->tensor, st->n, sizeof(Saved), by_place);
   for (int i = 0; i < st->n; i++) {
     Saved *s = &st->tensor[i];
@@ -1673,9 +1676,9 @@ static void read_tensor(const Safetensors *st, const char *prefix, const char *n
 // The shape of a model from folder/config.json. What this program does not do is an error.
 static Config read_config(const char *folder) {
   Config c = {0, 0, 0, 0, 0};
-  const struct { const char *key; int *value; } wanted[] = {
-    {"n_layer", &c.n_layer}, {"n_head", &c.n_head}, {"n_embd", &c.n_embd},
-    {"n_positions", &c.block_size}, {"vocab_size", &c.vocab_size}};
+  const struct { const char *key; int *value, most; } wanted[] = {
+    {"n_layer", &c.n_layer, 1000}, {"n_head", &c.n_head, 1000}, {"n_embd", &c.n_embd, 65536},
+    {"n_positions", &c.block_size, 1048576}, {"vocab_size", &c.vocab_size, 10000000}};
   char path[4096];
   long size;
   join(path, folder, "config.json");
@@ -1690,8 +1693,8 @@ static Config read_config(const char *folder) {
     for (int i = 0; i < 5; i++)
       if (span_is(key, wanted[i].key)) {
         long value = json_integer(&j);
-        if (value < 1 || value > 10000000)
-          die("%s: %s is %ld, expected 1 to 10000000", path, wanted[i].key, value);
+        if (value < 1 || value > wanted[i].most)
+          die("%s: %s is %ld, expected 1 to %d", path, wanted[i].key, value, wanted[i].most);
         *wanted[i].value = (int)value;
         found = 1;
       }
@@ -1702,6 +1705,7 @@ static Config read_config(const char *folder) {
             (int)MIN(name.size, 80), name.at);
     } else if (!found) json_skip(&j, 0);
   }
+  if (json_peek(&j) || j.at < j.end) json_error(&j, "nothing after the last '}'");
   for (int i = 0; i < 5; i++)
     if (!*wanted[i].value) die("%s has no %s: is it of a GPT-2?", path, wanted[i].key);
   if (c.n_embd % c.n_head)
@@ -1813,6 +1817,7 @@ static struct {
   int round_size;          // micro-batches of a round
   Row *row;
   long rows, room;
+  long saved;              // after which update: then nothing is new, and nothing is written
   double started, shown;
   int on_terminal;
 } run;
@@ -1971,7 +1976,7 @@ static void print_sample(Model *m, long seed) {
     long start = MAX(0, i - MIN(T, m->rows));
     ForwardOnly f = {m, 1, (int)(i - start)};
     int token[512];
-    for (int t = 0; t < f.T; t++) token[t] = text[start + t];
+    for (int t = 0; t < f.T; t++) token[t] = MIN(text[start + t], V - 1);
     copy_in(m->token, token, f.T * sizeof(int));
     launch(forward_only, &f);
     copy_out(logits, m->logits.data + (long)(f.T - 1) * V, V * sizeof(real));
@@ -2122,7 +2127,7 @@ static void write_plot(void) {
     a.x1 = MAX(a.x1, run.row[i].tokens);
     if (isfinite(run.row[i].train_loss)) a.y0 = MIN(a.y0, run.row[i].train_loss);
     if (isfinite(run.row[i].val_loss)) a.y0 = MIN(a.y0, run.row[i].val_loss);
-    a.y1 = MAX(a.y1, MAX(run.row[i].val_loss, run.row[i].train_loss));
+    a.y1 = fmax(a.y1, fmax(run.row[i].val_loss, run.row[i].train_loss));   // NaN: none
   }
   double floor_ = run.text.floor[1];
   if (isfinite(floor_)) a.y0 = MIN(a.y0, floor_);
@@ -2179,7 +2184,18 @@ static void append_json(String *s, const char *text) {
 
 static void append_options(String *metadata);    // room 10: ,"name":"value" for each
 
+static void weights_norm(void *argument) {
+  Model *m = (Model *)argument;
+  gradient_norm(m->stats + EVALUATION, m->partial, m->weights.data, m->n_weights);
+}
+
 static void save(Arm *arm) {
+  Stats weights;                                 // the last update may have been one too many
+  launch(weights_norm, &arm->model);
+  copy_out(&weights, arm->model.stats + EVALUATION, sizeof weights);
+  if (!isfinite(weights.norm2))
+    die("step %ld: a weight became inf or nan: the last good checkpoint is kept; lower "
+        "--learning_rate", arm->updates);
   String s = {NULL, 0, 0};
   append(&s, "{\"format\":\"pt\",\"step\":\"%ld\",\"text_bytes\":\"%ld\",\"val\":\"%a %a\"",
          arm->updates, run.text.size, arm->val.loss, arm->val.accuracy);
@@ -2221,14 +2237,18 @@ static void resume(Arm *arm, const Safetensors *st) {
     die("%s was saved in training on a text of %s bytes, %s has %ld: give the same text, or start "
         "anew from the weights with --init %s --out another", st->path, bytes, run.text.path,
         run.text.size, opt.out);
-  arm->updates = atol(step);
+  char *end;
+  arm->updates = strtol(step, &end, 10);
+  if (end == step || *end || arm->updates < 0 || arm->updates >= 1000000000)
+    die("%s: its step is %.40s, expected a whole number below 1e9", st->path, step);
+  arm->looked_at = run.saved = arm->updates;
   read_state(&arm->model, st);
   read_log(arm, arm->updates);
 }
 
 static Score evaluate_arm(Arm *arm) {
   arm->val = evaluate(&arm->model, &run.text, run.text.train_size, run.text.size, opt.block_size,
-                      run.on_terminal);
+                      run.on_terminal && isatty(2));
   if (!isfinite(arm->val.loss))
     die("step %ld: the validation loss is %g: the last good checkpoint is kept; lower "
         "--learning_rate", arm->updates, arm->val.loss);
@@ -2288,9 +2308,9 @@ static void print_progress(const Arm *arm, const char *end) {
   char left[32];
   double rate = arm->seconds > 0 ? tokens_of(arm) / arm->seconds : 0;
   time_text(left, seconds_left());
-  printf("step %*ld/%d | train %.4f | val %.4f | lr %.2e | %.0f tokens/s | %s left%s",
+  printf("step %*ld/%d | train %.4f | val %.4f | %.0f tokens/s | %s left%s",
          (int)snprintf(NULL, 0, "%d", opt.max_steps), arm->updates, opt.max_steps, arm->loss,
-         arm->val.loss, learning_rate(arm->updates), rate, left, end);
+         arm->val.loss, rate, left, end);
   fflush(stdout);
 }
 
@@ -2299,8 +2319,9 @@ static void show(const Arm *arm) {
   if (run.on_terminal) {
     if (seconds() < run.shown + 0.2) return;
     run.shown = seconds();
-    printf("\r");
-    print_progress(arm, "\033[K");
+    line_is_open = 1;
+    printf("\r\033[?7l");                         // a narrow terminal cuts it, and does not wrap
+    print_progress(arm, "\033[K\033[?7h");
   } else if (run.arms == 1 && arm->updates % MAX(1, (opt.eval_interval ? opt.eval_interval / 5
                                                      : opt.max_steps / 10)) == 0)
     print_progress(arm, "\n");
@@ -2366,8 +2387,23 @@ static void print_verdict(void) {
 
 // ---- The training loop
 
+static void check_memory(double needed) {   // before any is taken: some systems promise too much
+  double there = device_memory();
+  if (there && needed > there)
+    die("the model and its batch need %.1f GB, the machine has %.1f GB: lower --batch_size, "
+        "--block_size, --n_embd or --n_layer", needed / 1e9, there / 1e9);
+}
+
+// What is counted in an int: the tokens of a micro-batch, and a row of one sequence's q, k and v.
+static void check_sizes(Config c, int batch_size) {
+  if ((double)batch_size * c.block_size > 5e8 || 4.0 * c.block_size * c.n_embd > 2e9)
+    die("%d sequences of %d tokens with %d channels are too many at once: lower --batch_size, "
+        "--block_size or --n_embd", batch_size, c.block_size, c.n_embd);
+}
+
 static void prepare(Safetensors *state) {
   Config config = {opt.n_layer, opt.n_head, opt.n_embd, opt.block_size, opt.vocab_size};
+  check_sizes(config, opt.batch_size);
   const char *device = device_start(opt.threads);
   device_precision(opt.precision);
   run.arms = opt.compare ? 2 : 1;
@@ -2380,10 +2416,7 @@ static void prepare(Safetensors *state) {
   run.arm[1].accumulate = opt.compare;
   for (int i = 0; i < run.arms; i++)
     model_plan(&run.arm[i].model, config, opt.batch_size * opt.block_size, 1, 0);
-  double needed = run.arms * model_bytes(&run.arm[0].model), there = device_memory();
-  if (there && needed > there)
-    die("the model and its batch need %.1f GB, the machine has %.1f GB: lower --batch_size, "
-        "--block_size, --n_embd or --n_layer", needed / 1e9, there / 1e9);
+  check_memory(run.arms * model_bytes(&run.arm[0].model));
   print_header(device);
   for (int i = 0; i < run.arms; i++) {
     Model *m = &run.arm[i].model;
@@ -2398,13 +2431,16 @@ static void prepare(Safetensors *state) {
 static void evaluate_and_save(int final) {
   for (int i = 0; i < run.arms; i++) evaluate_arm(&run.arm[i]);
   if (run.on_terminal) printf("\r\033[K");
+  line_is_open = 0;
   if (run.arms == 2) print_compare_row();
   else {
     print_progress(&run.arm[0], "\n");
     print_sample(&run.arm[0].model, run.arm[0].updates);
-    if (run.arm[0].updates) save(&run.arm[0]);
   }
+  // The log before the state: rows of updates that were then not saved are dropped by --resume,
+  // while rows that are not there would leave a gap in the curve
   if (run.arm[0].updates || final) write_log(), write_plot();
+  if (run.arms == 1 && run.arm[0].updates > run.saved) save(&run.arm[0]);
 }
 
 // The updates of one arm in a round, and a look at what came of them when it is time: always on a
@@ -2468,6 +2504,7 @@ static int train(Safetensors *state) {
 
 // --eval: the loss of all of TEXT under the model in --out. T: 0, or a shorter window.
 static int evaluate_text(Config config, int T) {
+  check_sizes(config, opt.batch_size);
   device_start(opt.threads);
   device_precision(opt.precision);
   Model m;
@@ -2475,6 +2512,7 @@ static int evaluate_text(Config config, int T) {
   model_plan(&m, config, opt.batch_size * T, 0, 0);
   if (text.size < T + 1)
     die("%s has %ld bytes, a window takes %d: lower --block_size", opt.text, text.size, T + 1);
+  check_memory(model_bytes(&m));
   model_allocate(&m);
   read_weights(&m, opt.out);
   Score score = evaluate(&m, &text, 0, text.size, T, isatty(2));
@@ -2591,6 +2629,12 @@ static void set_option(Option *o, const char *text) {
   else *(double *)o->value = x;
 }
 
+// The exit code of a program whose output is what it was asked for: 1 if that could not be written.
+static int finish(int code) {
+  if (fflush(stdout) || ferror(stdout)) die("standard output cannot be written");
+  return code;
+}
+
 static void print_help(const Option *table, const char *usage) {
   printf("%s\n", usage);
   for (const Option *o = table; o->name; o++) {
@@ -2611,19 +2655,21 @@ static int parse_options(Option *table, int argc, char **argv, const char *usage
   for (Option *o = table; o->name; o++)
     if (o->initial) set_option(o, o->initial);
   for (int i = 1; i < argc; i++) {
-    if (strncmp(argv[i], "--", 2)) {
+    if (argv[i][0] != '-') {
       if (n == most) die("%s: one word too many; --help shows what is expected", argv[i]);
       words[n++] = argv[i];
       continue;
     }
-    if (!strcmp(argv[i], "--help")) { print_help(table, usage); exit(0); }
+    if (!strcmp(argv[i], "--help")) { print_help(table, usage); exit(finish(0)); }
     char name[64];
-    const char *value = strchr(argv[i], '=');
-    snprintf(name, sizeof name, "%.*s", value ? (int)MIN(value - argv[i] - 2, 63) : 63, argv[i] + 2);
+    const char *value = strchr(argv[i], '='), *word = argv[i] + (argv[i][1] == '-' ? 2 : 1);
+    snprintf(name, sizeof name, "%.*s", value ? (int)MIN(value - word, 63) : 63, word);
     Option *o = table, *near = table;
     for (; o->name && strcmp(o->name, name); o++)
       if (edit_distance(name, o->name) < edit_distance(name, near->name)) near = o;
-    if (!o->name) die("--%s is no option; the nearest is --%s, --help lists all", name, near->name);
+    if (!o->name || argv[i][1] != '-')
+      die("%s is no option; the nearest is --%s, --help lists all", argv[i],
+          o->name ? o->name : near->name);
     if (o->kind == FLAG && value) die("--%s takes no value, it was given %s", name, value + 1);
     if (o->kind != FLAG && !value && ++i == argc) die("--%s needs a value", name);
     set_option(o, value ? value + 1 : argv[i]);
@@ -2632,7 +2678,6 @@ static int parse_options(Option *table, int argc, char **argv, const char *usage
   return n;
 }
 
-#ifndef NO_MAIN
 static void append_options(String *s) {
   append(s, ",\"text\":");
   append_json(s, opt.text);
@@ -2645,6 +2690,7 @@ static void append_options(String *s) {
   }
 }
 
+#ifndef NO_MAIN
 // The options of the run that was saved hold unless others are given now; sizes cannot change.
 static void read_options(const Safetensors *st) {
   char value[4096], text[4096];
@@ -2682,13 +2728,12 @@ static void check_options(void) {
   if (opt.n_embd % opt.n_head)
     die("--n_embd %d is not divisible by --n_head %d: each head needs as many channels", opt.n_embd,
         opt.n_head);
-  if ((double)opt.batch_size * opt.block_size * opt.n_embd * 4 > 2147483647.0 * 64)
-    die("--batch_size %d x --block_size %d is too many tokens at once: lower one, raise --accumulate",
-        opt.batch_size, opt.block_size);
   if (opt.compare && (opt.resume || opt.accumulate > 1))
     die("--compare sets its own accumulation and is not resumed: leave out --accumulate and --resume");
   if (opt.compare && opt.max_steps < opt.compare)
     die("--compare %d needs at least that many --max_steps, not %d", opt.compare, opt.max_steps);
+  if (opt.compare && !opt.eval_interval)
+    die("--compare compares validation losses: --eval_interval 0 leaves none");
   if (opt.compare) opt.max_steps -= opt.max_steps % opt.compare;
   if (opt.resume && opt.init) die("--resume goes on, --init starts: leave one out");
 }
@@ -2736,12 +2781,12 @@ int main(int argc, char **argv) {
     for (Option *o = train_options; o->name; o++) given |= o->given && !strcmp(o->name, "block_size");
     if (given && opt.block_size > config.block_size)
       die("--block_size %d, but the model in %s has %d", opt.block_size, opt.out, config.block_size);
-    return evaluate_text(config, given ? opt.block_size : config.block_size);
+    return finish(evaluate_text(config, given ? opt.block_size : config.block_size));
   }
   if (opt.init) use_config(read_config(opt.init), opt.init);
   check_options();
   check_text();
   make_folder(opt.out);
-  return train(opt.resume ? &state : NULL);
+  return finish(train(opt.resume ? &state : NULL));
 }
 #endif   // NO_MAIN

@@ -28,6 +28,11 @@
 #define DEVICE __host__ __device__
 #ifdef __CUDACC__
 #pragma nv_diag_suppress 177             // what a program leaves unused of train.c
+#define UNROLL _Pragma("unroll")         // keeps arrays in registers: they cannot be indexed
+#define UNROLL_4 _Pragma("unroll 4")
+#else
+#define UNROLL
+#define UNROLL_4
 #endif
 #include "train.c"
 
@@ -229,16 +234,14 @@ static __device__ __forceinline__ int whole(const real *x, long n) {   // is the
 static __device__ __forceinline__ Four load_four(const real *x, long n) {
   Four v;
   if (whole(x, n)) return *(const Four *)x;
-#pragma unroll
-  for (int j = 0; j < 4; j++) v.at[j] = j < n ? x[j] : 0;
+  UNROLL for (int j = 0; j < 4; j++) v.at[j] = j < n ? x[j] : 0;
   return v;
 }
 
 static __device__ __forceinline__ void store_four(real *x, long n, Four v) {
   if (whole(x, n)) *(Four *)x = v;
   else
-#pragma unroll
-    for (int j = 0; j < 4; j++)
+    UNROLL for (int j = 0; j < 4; j++)
       if (j < n) x[j] = v.at[j];
 }
 
@@ -257,7 +260,7 @@ static __device__ double block_sum(double x) {
   if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = x;
   __syncthreads();                       // the parts are written
   double sum = 0;
-  for (int i = 0; i < WARPS; i++) sum += part[i];
+  for (unsigned i = 0; i < blockDim.x / 32; i++) sum += part[i];
   return sum;
 }
 
@@ -269,13 +272,13 @@ static __device__ real block_max(real x) {
   }
   if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = x;
   __syncthreads();                       // the parts are written
-  for (int i = 0; i < WARPS; i++) x = MAX(x, part[i]);
+  for (unsigned i = 0; i < blockDim.x / 32; i++) x = MAX(x, part[i]);
   return x;
 }
 
 // The matmul. C = A B, (M,N) = (M,K) (K,N). The ladder, in the GPU's words:
 //   1. One thread per element loads two numbers for each multiply-add, and waits for memory.
-//   2. A block owns a tile of C, 128 x 128. It walks along K in steps of DEPTH: all its threads
+//   2. A block owns a tile of C, 128 x 128. It walks along K in steps of a few k: all its threads
 //      bring that much of A's rows and B's columns into shared memory, once, for all of them. So a
 //      number from device memory serves 128 multiply-adds.
 //   3. A warp owns 32 x 64 of the tile and a thread 8 x 8, in registers: of shared memory it loads 8
@@ -287,11 +290,12 @@ static __device__ real block_max(real x) {
 //      slices, whose sums go to scratch and are added in order.
 // On tensor cores (tf32) step 3 differs: a warp multiplies 16 x 8 x 8 in one instruction.
 enum {
-  DEPTH = 64 / sizeof(real),             // 16 floats, or 8 doubles: in both 64 bytes of a row
-  PIECES = DEPTH / 4,                    // Fours that a thread brings of each operand, at most
-  PAD = 4,                               // shared rows of tile + 4 numbers: a column of them, and
-  BIG = WARPS == 8 ? 16 : 8              // a transposed store, spread over the banks
-};
+  BIG = WARPS == 8 ? 16 : 8,             // a tile is 8*side square, its block side*side threads
+  DEPTH = 8,                             // of a step; deeper for tensor cores, which are done sooner
+  DEEP = sizeof(real) == sizeof(float) ? BIG : 8,
+  MOST_FOURS = 2,                            // Fours that a thread brings of each operand, at most
+  PAD = 4                                // a row in shared memory has 4 numbers more than the tile:
+};                                       // then a column, or a transposed store, is in many banks
 
 // A matrix as it lies in memory: element (i,j) is at[i*row + j*column]. The transpose is the same
 // memory with the strides exchanged. One of the strides is 1.
@@ -346,12 +350,12 @@ static __device__ __forceinline__ void mma_tf32(real *c, const real *a, const re
 
 // Where in a step's tile this thread's piece number l begins: line (a row of A, a column of B) and
 // k. Consecutive threads go along the operand's own direction in memory.
-static __device__ __forceinline__ void place_of_piece(int l, int side, long column, int *line,
-                                                      int *k) {
+static __device__ __forceinline__ void place_of_piece(int l, int side, int depth, long column,
+                                                      int *line, int *k) {
   int piece = threadIdx.x + l*side*side;
-  if (column == 1) {                     // k is consecutive: DEPTH of it, then the next line
-    *line = piece / (DEPTH / 4);
-    *k = piece % (DEPTH / 4) * 4;
+  if (column == 1) {                     // k is consecutive: `depth` of it, then the next line
+    *line = piece / (depth / 4);
+    *k = piece % (depth / 4) * 4;
   } else {                               // lines are
     *line = piece % (2*side) * 4;
     *k = piece / (2*side);
@@ -359,13 +363,12 @@ static __device__ __forceinline__ void place_of_piece(int l, int side, long colu
 }
 
 // Device memory to registers: this thread's pieces of the operand m (lines, K), from (line, k) on.
-static __device__ __forceinline__ void fetch(Four *piece, int side, Matrix m, int lines, int K,
-                                             int line0, int k0) {
-#pragma unroll
-  for (int l = 0; l < PIECES; l++) {
+static __device__ __forceinline__ void fetch(Four *piece, int side, int depth, Matrix m, int lines,
+                                             int K, int line0, int k0) {
+  UNROLL for (int l = 0; l < MOST_FOURS; l++) {
     int line, k;
-    if (l*side*8 >= 2*side*DEPTH) break;
-    place_of_piece(l, side, m.column, &line, &k);
+    if (l*side == 2*depth) break;
+    place_of_piece(l, side, depth, m.column, &line, &k);
     line += line0; k += k0;
     const real *x = m.at + line*m.row + k*m.column;
     if (m.column == 1) piece[l] = load_four(x, line < lines ? K - k : 0);
@@ -375,20 +378,17 @@ static __device__ __forceinline__ void fetch(Four *piece, int side, Matrix m, in
 
 // Registers to shared memory, as tile[k][line] whatever the operand's strides are: a transposition
 // costs nothing more. In tf32 numbers are rounded here, once, for all who read them.
-static __device__ __forceinline__ void put(real *tile, const Four *piece, int side, long column,
-                                           int tf32) {
+static __device__ __forceinline__ void put(real *tile, const Four *piece, int side, int depth,
+                                           long column, int tf32) {
   int row = 8*side + PAD;
-#pragma unroll
-  for (int l = 0; l < PIECES; l++) {
+  UNROLL for (int l = 0; l < MOST_FOURS; l++) {
     int line, k;
-    if (l*side*8 >= 2*side*DEPTH) break;
-    place_of_piece(l, side, column, &line, &k);
+    if (l*side == 2*depth) break;
+    place_of_piece(l, side, depth, column, &line, &k);
     Four v = piece[l];
-#pragma unroll
-    for (int j = 0; j < 4; j++) v.at[j] = tf32 ? round_tf32(v.at[j]) : v.at[j];
+    UNROLL for (int j = 0; j < 4; j++) v.at[j] = tf32 ? round_tf32(v.at[j]) : v.at[j];
     if (column == 1)
-#pragma unroll
-      for (int j = 0; j < 4; j++) tile[(k + j)*row + line] = v.at[j];
+      UNROLL for (int j = 0; j < 4; j++) tile[(k + j)*row + line] = v.at[j];
     else *(Four *)(tile + k*row + line) = v;
   }
 }
@@ -396,17 +396,14 @@ static __device__ __forceinline__ void put(real *tile, const Four *piece, int si
 // A step's products, for this thread's 8 x 8 of C: rows lane/8*4 + 0..3 and the same + 16 of the
 // warp's 32, columns lane%8*4 + 0..3 and the same + 32 of its 64.
 static __device__ __forceinline__ void multiply(real (*sum)[8], const real *a, const real *b,
-                                                int row) {
+                                                int row, int depth) {
   a += threadIdx.x % 32 / 8 * 4;
   b += threadIdx.x % 8 * 4;
-#pragma unroll
-  for (int k = 0; k < DEPTH; k++) {
+  UNROLL for (int k = 0; k < depth; k++) {
     Four x[2] = {*(const Four *)(a + k*row), *(const Four *)(a + k*row + 16)};
     Four y[2] = {*(const Four *)(b + k*row), *(const Four *)(b + k*row + 32)};
-#pragma unroll
-    for (int i = 0; i < 8; i++)
-#pragma unroll
-      for (int j = 0; j < 8; j++) sum[i][j] += x[i / 4].at[i % 4] * y[j / 4].at[j % 4];
+    UNROLL for (int i = 0; i < 8; i++)
+      UNROLL for (int j = 0; j < 8; j++) sum[i][j] += x[i / 4].at[i % 4] * y[j / 4].at[j % 4];
   }
 }
 
@@ -414,15 +411,13 @@ static __device__ __forceinline__ void multiply(real (*sum)[8], const real *a, c
 // A sum does not mind in which order k comes: lane t takes k = 2t and 2t + 1 for t and t + 4, since
 // then the warp's 32 numbers of a load lie in 32 banks.
 static __device__ __forceinline__ void multiply_tf32(real (*sum)[8], const real *a, const real *b,
-                                                     int row) {
+                                                     int row, int depth) {
   int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-#pragma unroll
-  for (int k = 0; k < DEPTH; k += 8) {
+  UNROLL for (int k = 0; k < depth; k += 8) {
     const real *a0 = a + (k + 2*t)*row + g, *a1 = a0 + row;
     const real *b0 = b + (k + 2*t)*row + g, *b1 = b0 + row;
     real x[2][4] = {{a0[0], a0[8], a1[0], a1[8]}, {a0[16], a0[24], a1[16], a1[24]}};
-#pragma unroll
-    for (int j = 0; j < 8; j++) {
+    UNROLL for (int j = 0; j < 8; j++) {
       real y[2] = {b0[8*j], b1[8*j]};
       mma_tf32(sum[j], x[0], y);
       mma_tf32(sum[j] + 4, x[1], y);
@@ -436,47 +431,43 @@ static __device__ __forceinline__ void finish(const Product *p, int i, int j, co
   if (i >= p->M) return;
   if (n == 4 && whole(c, p->N - j)) {
     Four v = p->add ? *(Four *)c : p->bias ? load_four(p->bias + j, 4) : Four{{0, 0, 0, 0}};
-#pragma unroll
-    for (int e = 0; e < 4; e++) v.at[e] += sum[e];
+    UNROLL for (int e = 0; e < 4; e++) v.at[e] += sum[e];
     *(Four *)c = v;
   } else
-#pragma unroll
-    for (int e = 0; e < 4; e++)
+    UNROLL for (int e = 0; e < 4; e++)
       if (e < n && j + e < p->N) c[e] = sum[e] + (p->add ? c[e] : p->bias ? p->bias[j + e] : 0);
 }
 
-// A block's tile of C, 8*side square, by side*side threads. side and tf32 are constants, so that
+// A block's tile of C, 8*side square, by side*side threads. side, depth and tf32 are constants, so that
 // each kernel below is this function with loops unrolled and one of the two ways to multiply.
-static __device__ __forceinline__ void matmul_tile(const int side, const int tf32, const Product *p,
-                                                   real *shared) {
+static __device__ __forceinline__ void matmul_tile(const int side, const int depth, const int tf32,
+                                                   const Product *p, real *shared) {
   const int tile = 8*side, row = tile + PAD;
-  real *a = shared, *b = shared + 2*DEPTH*row, sum[8][8] = {{0}};
-  Four a_next[PIECES], b_next[PIECES];
+  real *a = shared, *b = shared + 2*depth*row, sum[8][8] = {{0}};
+  Four a_next[MOST_FOURS], b_next[MOST_FOURS];
   int i = blockIdx.y * tile, j = blockIdx.x * tile, warp = threadIdx.x / 32;
   int warp_i = warp / (side / 8) * 32, warp_j = warp % (side / 8) * 64;
   int begin = blockIdx.z * p->slice, end = MIN(p->K, begin + p->slice), now = 0;
   Matrix b_lines = transpose(p->b);      // its lines are C's columns, as those of A are C's rows
-  fetch(a_next, side, p->a, p->M, end, i, begin);
-  fetch(b_next, side, b_lines, p->N, end, j, begin);
-  for (int k = begin; k < end; k += DEPTH, now = !now) {
-    real *a_now = a + now*DEPTH*row, *b_now = b + now*DEPTH*row;
-    put(a_now, a_next, side, p->a.column, tf32);   // these were read two steps ago, before the
-    put(b_now, b_next, side, b_lines.column, tf32);   // barrier of the last one
+  fetch(a_next, side, depth, p->a, p->M, end, i, begin);
+  fetch(b_next, side, depth, b_lines, p->N, end, j, begin);
+  for (int k = begin; k < end; k += depth, now = !now) {
+    real *a_now = a + now*depth*row, *b_now = b + now*depth*row;
+    put(a_now, a_next, side, depth, p->a.column, tf32);   // these were read two steps ago, before the
+    put(b_now, b_next, side, depth, b_lines.column, tf32);   // barrier of the last one
     __syncthreads();                     // the step's numbers are there
-    if (k + DEPTH < end) {
-      fetch(a_next, side, p->a, p->M, end, i, k + DEPTH);
-      fetch(b_next, side, b_lines, p->N, end, j, k + DEPTH);
+    if (k + depth < end) {
+      fetch(a_next, side, depth, p->a, p->M, end, i, k + depth);
+      fetch(b_next, side, depth, b_lines, p->N, end, j, k + depth);
     }
-    if (tf32) multiply_tf32(sum, a_now + warp_i, b_now + warp_j, row);
-    else multiply(sum, a_now + warp_i, b_now + warp_j, row);
+    if (tf32) multiply_tf32(sum, a_now + warp_i, b_now + warp_j, row, depth);
+    else multiply(sum, a_now + warp_i, b_now + warp_j, row, depth);
   }
   int lane = threadIdx.x % 32;
   i += warp_i; j += warp_j;
-#pragma unroll
-  for (int e = 0; e < 8; e++)
+  UNROLL for (int e = 0; e < 8; e++)
     if (tf32) {                          // e: which of the 8 tiles side by side
-#pragma unroll
-      for (int r = 0; r < 4; r++)
+      UNROLL for (int r = 0; r < 4; r++)
         finish(p, i + 8*r + lane / 4, j + 8*e + lane % 4 * 2, &sum[e][2*r], 2);
     } else {                             // e: which of the 8 rows
       finish(p, i + lane / 8 * 4 + e / 4 * 16 + e % 4, j + lane % 8 * 4, sum[e], 4);
@@ -484,17 +475,18 @@ static __device__ __forceinline__ void matmul_tile(const int side, const int tf3
     }
 }
 
-// The second number of a launch bound: that many blocks on a multiprocessor at once, hence at most
-// 128 registers a thread: while one block waits at its barrier, another works.
-#define MATMUL_KERNEL(name, side, tf32)                                                      \
-  static __global__ void __launch_bounds__((side)*(side), 512/(side)/(side)) name(Product p) { \
-    __shared__ __align__(16) real shared[4*DEPTH*(8*(side) + PAD)];                          \
-    matmul_tile(side, tf32, &p, shared);                                                     \
+// The second number of a launch bound: so many blocks on a multiprocessor at once, hence so many of
+// its 65536 registers for each thread: while one block waits at its barrier, another works.
+#define MATMUL_KERNEL(name, side, depth, tf32)                                              \
+  static __global__ void __launch_bounds__((side)*(side), (side) == 16 ? 2 : 6)             \
+  name(Product p) {                                                                         \
+    __shared__ __align__(16) real shared[4*(depth)*(8*(side) + PAD)];                       \
+    matmul_tile(side, depth, tf32, &p, shared);                                             \
   }
-MATMUL_KERNEL(matmul_big, BIG, 0)
-MATMUL_KERNEL(matmul_small, 8, 0)
-MATMUL_KERNEL(matmul_big_tf32, BIG, 1)
-MATMUL_KERNEL(matmul_small_tf32, 8, 1)
+MATMUL_KERNEL(matmul_big, BIG, DEPTH, 0)
+MATMUL_KERNEL(matmul_small, 8, DEPTH, 0)
+MATMUL_KERNEL(matmul_big_tf32, BIG, DEEP, 1)
+MATMUL_KERNEL(matmul_small_tf32, 8, DEPTH, 1)
 
 // c[i,j] = (add ? c[i,j] : bias[j]) + the sum over slices of part[slice][i][j]: a thread an element
 static __global__ void add_slices(real *c, long c_row, const real *part, int M, int N, int slices,
@@ -517,7 +509,7 @@ static void matmul(real *c, long c_row, Matrix a, Matrix b, int M, int N, int K,
   if (!large) slices = (int)MIN(room, MIN(K / 256, 4*multiprocessors / ((BIG/8)*(BIG/8)*big)));
   if (slices > 1) {
     p.c = scratch; p.c_row = N; p.c_slice = (long)M*N; p.add = 0; p.bias = NULL;
-    p.slice = blocks(blocks(K, slices), DEPTH) * DEPTH;   // whole steps
+    p.slice = blocks(blocks(K, slices), DEEP) * DEEP;   // whole steps
     slices = blocks(K, p.slice);
   } else slices = 1;
   int side = large ? BIG : 8;
@@ -598,8 +590,7 @@ static __global__ void embedding_backward_word(real *dwte, const int *token, con
     __syncthreads();                     // the list is there; and the votes have been read
     if (count > 0 && list[0] < n) return;   // not the first: all threads of the block leave
     if (c < C)
-#pragma unroll 8
-      for (int i = 0; i < count; i++) sum += dout[(long)list[i]*C + c];
+      UNROLL for (int i = 0; i < count; i++) sum += dout[(long)list[i]*C + c];
   }
   if (c < C) dwte[(long)word*C + c] += sum;
 }
@@ -770,17 +761,14 @@ static __device__ __forceinline__ void load_transposed(real *tile, const real *x
   for (int i = threadIdx.x; i < SIDE*SIDE/4; i += SIDE_THREADS) {
     int r = i % 8 + i / (2*SIDE) * 8, c = i / 8 % (SIDE/4) * 4;
     Four v = load_four(x + r*row + c, r < rows ? columns - c : 0);
-#pragma unroll
-    for (int j = 0; j < 4; j++) tile[(c + j)*ROW + r] = v.at[j];
+    UNROLL for (int j = 0; j < 4; j++) tile[(c + j)*ROW + r] = v.at[j];
   }
 }
 
 // tile[column][row] = this thread's part of a result, to be the x of the next product
 static __device__ __forceinline__ void store_tile(real *tile, real (*part)[4]) {
-#pragma unroll
-  for (int j = 0; j < 4; j++)
-#pragma unroll
-    for (int i = 0; i < 8; i += 4)
+  UNROLL for (int j = 0; j < 4; j++)
+    UNROLL for (int i = 0; i < 8; i += 4)
       *(Four *)(tile + COLUMN_OF(j)*ROW + ROW_OF(i)) =
           Four{{part[i][j], part[i + 1][j], part[i + 2][j], part[i + 3][j]}};
 }
@@ -788,14 +776,11 @@ static __device__ __forceinline__ void store_tile(real *tile, real (*part)[4]) {
 // sum[row][column] += sum over k < depth of x[k][row] y[k][column]
 static __device__ __forceinline__ void multiply_tiles(real (*sum)[4], const real *x, const real *y,
                                                       int depth) {
-#pragma unroll 4
-  for (int k = 0; k < depth; k++) {
+  UNROLL_4 for (int k = 0; k < depth; k++) {
     Four x0 = *(const Four *)(x + k*ROW + ROW_OF(0)), x1 = *(const Four *)(x + k*ROW + ROW_OF(4));
     Four y0 = *(const Four *)(y + k*ROW + COLUMN_OF(0));
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-#pragma unroll
-      for (int j = 0; j < 4; j++) {
+    UNROLL for (int i = 0; i < 4; i++)
+      UNROLL for (int j = 0; j < 4; j++) {
         sum[i][j] += x0.at[i] * y0.at[j];
         sum[i + 4][j] += x1.at[i] * y0.at[j];
       }
@@ -806,10 +791,8 @@ static __device__ __forceinline__ void multiply_tiles(real (*sum)[4], const real
 static __device__ __forceinline__ void dot_rows(real (*sum)[4], real *x_tile, real *y_tile,
                                                 const real *x, int x_rows, const real *y, int y_rows,
                                                 long x_row, long y_row, int D) {
-#pragma unroll
-  for (int i = 0; i < 8; i++)
-#pragma unroll
-    for (int j = 0; j < 4; j++) sum[i][j] = 0;
+  UNROLL for (int i = 0; i < 8; i++)
+    UNROLL for (int j = 0; j < 4; j++) sum[i][j] = 0;
   for (int d = 0; d < D; d += SIDE) {
     __syncthreads();                     // the last product has read the tiles
     load_transposed(x_tile, x + d, x_row, x_rows, D - d);
@@ -827,14 +810,13 @@ static __device__ __forceinline__ void add_product(real (*sum)[4], real *x_tile,
   store_tile(x_tile, part);
   load_tile(y_tile, y, y_row, y_rows, columns);
   __syncthreads();                       // the tiles are there
-  multiply_tiles(sum, x_tile, y_tile, SIDE);
+  multiply_tiles(sum, x_tile, y_tile, MIN(SIDE, y_rows));
 }
 
 // x[i] = this thread's part of a result, for rows that are there
 static __device__ __forceinline__ void store_rows(real *x, long row, int rows, int columns,
                                                   real (*part)[4]) {
-#pragma unroll
-  for (int i = 0; i < 8; i++)
+  UNROLL for (int i = 0; i < 8; i++)
     if (ROW_OF(i) < rows)
       store_four(x + ROW_OF(i)*row + COLUMN_OF(0), columns - COLUMN_OF(0),
                  Four{{part[i][0], part[i][1], part[i][2], part[i][3]}});
@@ -848,16 +830,13 @@ attention_forward_kernel(real *out, real *lse, const real *qkv, int T, int C, in
   long row = 3l*C;
   const real *q = qkv + bh/H*T*row + bh%H*D, *k = q + C, *v = k + C;
   real scale = 1 / sqrt_(D), z[8][4], o[8][4] = {{0}}, max[8], sum[8];
-#pragma unroll
-  for (int r = 0; r < 8; r++) max[r] = -INFINITY, sum[r] = 0;
+  UNROLL for (int r = 0; r < 8; r++) max[r] = -INFINITY, sum[r] = 0;
   for (int j = 0; j <= i; j += SIDE) {
     dot_rows(z, x_tile, y_tile, q + i*row, T - i, k + j*row, T - j, row, row, D);
-#pragma unroll
-    for (int r = 0; r < 8; r++) {
+    UNROLL for (int r = 0; r < 8; r++) {
       int seen = i + ROW_OF(r) - j + 1;  // s <= t; of each row at least one key, in any tile
       real tile_max = max[r];
-#pragma unroll
-      for (int c = 0; c < 4; c++)
+      UNROLL for (int c = 0; c < 4; c++)
         if (COLUMN_OF(c) < seen) tile_max = MAX(tile_max, z[r][c]);
       for (int lanes = SIDE_LANES / 2; lanes > 0; lanes /= 2) {
         real other = __shfl_xor_sync(ALL_LANES, tile_max, lanes);
@@ -866,8 +845,7 @@ attention_forward_kernel(real *out, real *lse, const real *qkv, int T, int C, in
       real rescale = exp_((max[r] - tile_max) * scale);   // of what was summed; 0 the first time
       max[r] = tile_max;
       sum[r] *= rescale;
-#pragma unroll
-      for (int c = 0; c < 4; c++) {
+      UNROLL for (int c = 0; c < 4; c++) {
         o[r][c] *= rescale;
         z[r][c] = COLUMN_OF(c) < seen ? exp_((z[r][c] - tile_max) * scale) : 0;
         sum[r] += z[r][c];               // this thread's columns; the lanes' sums meet at the end
@@ -875,12 +853,10 @@ attention_forward_kernel(real *out, real *lse, const real *qkv, int T, int C, in
     }
     add_product(o, x_tile, y_tile, z, v + j*row + d0, row, T - j, D - d0);
   }
-#pragma unroll
-  for (int r = 0; r < 8; r++) {
+  UNROLL for (int r = 0; r < 8; r++) {
     for (int lanes = SIDE_LANES / 2; lanes > 0; lanes /= 2)
       sum[r] += __shfl_xor_sync(ALL_LANES, sum[r], lanes);
-#pragma unroll
-    for (int c = 0; c < 4; c++) o[r][c] /= sum[r];
+    UNROLL for (int c = 0; c < 4; c++) o[r][c] /= sum[r];
     if (TX == 0 && d0 == 0 && i + ROW_OF(r) < T)
       lse[(long)bh*T + i + ROW_OF(r)] = max[r] * scale + log_(sum[r]);
   }
@@ -906,7 +882,7 @@ static __global__ void attention_backward_expected(real *expected, const real *o
 }
 
 // dq[t] = sum_s dz[t,s] k[s] / sqrt(D): a block owns SIDE queries and walks over their keys
-static __global__ void __launch_bounds__(SIDE_THREADS)
+static __global__ void __launch_bounds__(SIDE_THREADS, 2)
 attention_backward_q(real *dqkv, const real *qkv, const real *dout, const real *lse,
                      const real *expected, int T, int C, int H) {
   __shared__ __align__(16) real x_tile[SIDE*ROW], y_tile[SIDE*ROW];
@@ -914,8 +890,7 @@ attention_backward_q(real *dqkv, const real *qkv, const real *dout, const real *
   long row = 3l*C, head = bh/H*T*row + bh%H*D;
   const real *q = qkv + head, *k = q + C, *v = k + C, *dout_i = dout + ((long)bh/H*T + i)*C + bh%H*D;
   real scale = 1 / sqrt_(D), z[8][4], g[8][4], dq[8][4] = {{0}}, lse_t[8], expected_t[8];
-#pragma unroll
-  for (int r = 0; r < 8; r++) {
+  UNROLL for (int r = 0; r < 8; r++) {
     int t = i + ROW_OF(r);
     lse_t[r] = t < T ? lse[(long)bh*T + t] : 0;
     expected_t[r] = t < T ? expected[(long)bh*T + t] : 0;
@@ -923,10 +898,8 @@ attention_backward_q(real *dqkv, const real *qkv, const real *dout, const real *
   for (int j = 0; j <= i; j += SIDE) {
     dot_rows(z, x_tile, y_tile, q + i*row, T - i, k + j*row, T - j, row, row, D);
     dot_rows(g, x_tile, y_tile, dout_i, T - i, v + j*row, T - j, C, row, D);   // datt
-#pragma unroll
-    for (int r = 0; r < 8; r++)
-#pragma unroll
-      for (int c = 0; c < 4; c++) {
+    UNROLL for (int r = 0; r < 8; r++)
+      UNROLL for (int c = 0; c < 4; c++) {
         int t = i + ROW_OF(r), s = j + COLUMN_OF(c);
         real att = s <= t && t < T ? exp_(z[r][c] * scale - lse_t[r]) : 0;
         g[r][c] = att * (g[r][c] - expected_t[r]) * scale;
@@ -938,7 +911,7 @@ attention_backward_q(real *dqkv, const real *qkv, const real *dout, const real *
 
 // dv[s] = sum_t att[t,s] dout[t]; dk[s] = sum_t dz[t,s] q[t] / sqrt(D): a block owns SIDE keys and
 // walks over the queries that see them. Here rows are keys s and columns are queries t.
-static __global__ void __launch_bounds__(SIDE_THREADS)
+static __global__ void __launch_bounds__(SIDE_THREADS, 2)
 attention_backward_kv(real *dqkv, const real *qkv, const real *dout, const real *lse,
                       const real *expected, int T, int C, int H) {
   __shared__ __align__(16) real x_tile[SIDE*ROW], y_tile[SIDE*ROW];
@@ -950,12 +923,10 @@ attention_backward_kv(real *dqkv, const real *qkv, const real *dout, const real 
     const real *dout_i = dout + ((long)bh/H*T + i)*C + bh%H*D;
     dot_rows(z, x_tile, y_tile, k + j*row, T - j, q + i*row, T - i, row, row, D);
     dot_rows(g, x_tile, y_tile, v + j*row, T - j, dout_i, T - i, row, C, D);   // datt
-#pragma unroll
-    for (int c = 0; c < 4; c++) {
+    UNROLL for (int c = 0; c < 4; c++) {
       int t = i + COLUMN_OF(c);
       real lse_t = t < T ? lse[(long)bh*T + t] : 0, expected_t = t < T ? expected[(long)bh*T + t] : 0;
-#pragma unroll
-      for (int r = 0; r < 8; r++) {
+      UNROLL for (int r = 0; r < 8; r++) {
         z[r][c] = j + ROW_OF(r) <= t && t < T ? exp_(z[r][c] * scale - lse_t) : 0;   // att
         g[r][c] = z[r][c] * (g[r][c] - expected_t) * scale;
       }
@@ -987,8 +958,7 @@ static __device__ __forceinline__ real tanh_(real u) { return 1 - 2 / (exp_(2*u)
 static __global__ void gelu_forward_kernel(real *y, const real *x, long n) {
   long i = FIRST_OF_FOUR;
   Four v = load_four(x + i, n - i);
-#pragma unroll
-  for (int j = 0; j < 4; j++) {
+  UNROLL for (int j = 0; j < 4; j++) {
     real a = v.at[j], h = tanh_(GELU_A * (a + GELU_B * a * a * a));
     v.at[j] = a * (1 + h) / 2;
   }
@@ -1005,8 +975,7 @@ static void gelu_forward(Tensor y, Tensor x, int N, int C) {
 static __global__ void gelu_backward_kernel(real *dx, const real *dy, const real *x, long n) {
   long i = FIRST_OF_FOUR;
   Four v = load_four(x + i, n - i), g = load_four(dy + i, n - i);
-#pragma unroll
-  for (int j = 0; j < 4; j++) {
+  UNROLL for (int j = 0; j < 4; j++) {
     real a = v.at[j], h = tanh_(GELU_A * (a + GELU_B * a * a * a));
     real du = GELU_A * (1 + 3 * GELU_B * a * a);
     g.at[j] *= (1 + h) / 2 + a * (1 - h*h) / 2 * du;
@@ -1024,8 +993,7 @@ static void gelu_backward(Tensor y, Tensor x, int N, int C) {
 static __global__ void residual_forward_kernel(real *out, const real *x, const real *f, long n) {
   long i = FIRST_OF_FOUR;
   Four v = load_four(x + i, n - i), g = load_four(f + i, n - i);
-#pragma unroll
-  for (int j = 0; j < 4; j++) v.at[j] += g.at[j];
+  UNROLL for (int j = 0; j < 4; j++) v.at[j] += g.at[j];
   store_four(out + i, n - i, v);
 }
 
@@ -1062,14 +1030,16 @@ static void head_backward(Tensor logits, Tensor x, Tensor wte, int N, int C, int
 // softmax cross-entropy: loss[n] = -log p[n,target[n]], p[n,v] = exp(logits[n,v] - row_lse[n]),
 // row_lse[n] = log sum_v exp(logits[n,v]). hit[n] = 1 if the target has the largest logit, else 0.
 // A row has V numbers, tens of thousands in some vocabularies: a block takes it, not a warp.
+static int threads_for(int n) { return MIN(THREADS, blocks(n, 32) * 32); }
+
 static __global__ void crossentropy_forward_kernel(real *loss, real *hit, real *row_lse,
                                                    const real *logits, const int *target, int V) {
   int n = blockIdx.x;
   const real *logits_n = logits + (long)n*V;
   real max = logits_n[0], sum = 0;
-  for (int v = threadIdx.x; v < V; v += THREADS) max = MAX(max, logits_n[v]);
+  for (int v = threadIdx.x; v < V; v += blockDim.x) max = MAX(max, logits_n[v]);
   max = block_max(max);                  // minus max: no overflow
-  for (int v = threadIdx.x; v < V; v += THREADS) sum += exp_(logits_n[v] - max);
+  for (int v = threadIdx.x; v < V; v += blockDim.x) sum += exp_(logits_n[v] - max);
   sum = (real)block_sum(sum);
   if (threadIdx.x > 0) return;
   row_lse[n] = max + log_(sum);
@@ -1079,7 +1049,7 @@ static __global__ void crossentropy_forward_kernel(real *loss, real *hit, real *
 
 static void crossentropy_forward(Tensor loss, Tensor hit, Tensor row_lse, Tensor logits,
                                  const int *target, int N, int V) {
-  crossentropy_forward_kernel<<<N, THREADS, 0, stream>>>(loss.data, hit.data, row_lse.data, logits.data, target, V);
+  crossentropy_forward_kernel<<<N, threads_for(V), 0, stream>>>(loss.data, hit.data, row_lse.data, logits.data, target, V);
   lap("crossentropy_forward", 0, 2.0*N*V * sizeof(real));
 }
 
@@ -1088,7 +1058,7 @@ static __global__ void crossentropy_backward_kernel(real *dlogits, const real *l
                                                     const real *row_lse, const real *dloss,
                                                     const int *target, int V) {
   int n = blockIdx.x;
-  for (int v = threadIdx.x; v < V; v += THREADS) {   // dlogits may be logits itself
+  for (int v = threadIdx.x; v < V; v += blockDim.x) {   // dlogits may be logits itself
     real p = exp_(logits[(long)n*V + v] - row_lse[n]);
     dlogits[(long)n*V + v] = dloss[n] * (p - (v == target[n]));
   }
@@ -1097,7 +1067,7 @@ static __global__ void crossentropy_backward_kernel(real *dlogits, const real *l
 static void crossentropy_backward(Tensor loss, Tensor hit, Tensor row_lse, Tensor logits,
                                   const int *target, int N, int V) {
   (void)hit;   // counted, not learned from
-  crossentropy_backward_kernel<<<N, THREADS, 0, stream>>>(logits.grad, logits.data, row_lse.data, loss.grad, target, V);
+  crossentropy_backward_kernel<<<N, threads_for(V), 0, stream>>>(logits.grad, logits.data, row_lse.data, loss.grad, target, V);
   lap("crossentropy_backward", 0, 2.0*N*V * sizeof(real));
 }
 
@@ -1188,11 +1158,15 @@ static __global__ void optimizer_update_kernel(real *w, const real *grad, real *
   __syncthreads();                       // a square root in double is slow: one thread took it
   long i = FIRST_OF_FOUR;
   Four w4 = load_four(w + i, n - i), g4 = load_four(grad + i, n - i);
-  Four m4 = load_four(m + i, n - i), v4 = load_four(v + i, n - i);
-#pragma unroll
-  for (int j = 0; j < 4; j++)
+  Four m4 = {{0}}, v4 = {{0}};
+  if (u.optimizer != SGD) {              // which remembers nothing
+    m4 = load_four(m + i, n - i);
+    v4 = load_four(v + i, n - i);
+  }
+  UNROLL for (int j = 0; j < 4; j++)
     update_weight(u.optimizer, &w4.at[j], clip * g4.at[j], &m4.at[j], &v4.at[j], u);
   store_four(w + i, n - i, w4);
+  if (u.optimizer == SGD) return;
   store_four(m + i, n - i, m4);
   store_four(v + i, n - i, v4);
 }

@@ -1,0 +1,625 @@
+#!/bin/sh
+# Checks the whole program: killing it, feeding it nonsense, taking its memory and its disk away.
+#   sh .ci/train.sh [PROGRAM] [TALES]      PROGRAM is ./train, TALES data/tales if not given
+# CC (cc) builds the sanitizer versions; SANITIZE=no leaves them out; ONLY=WORD runs the checks that
+# have it in their name. Run from the repository root.
+
+export LC_ALL=C ASAN_OPTIONS=detect_leaks=0 TSAN_OPTIONS=atexit_sleep_ms=0
+here=$(pwd)
+absolute() { case $1 in /*) echo "$1" ;; *) echo "$here/$1" ;; esac; }
+train=$(absolute "${1:-./train}")
+tales=$(absolute "${2:-data/tales}")
+CC=${CC:-cc}
+tmp=$(mktemp -d) && cd "$tmp" || exit 1
+trap 'cd /; umount "$tmp/disk" 2>/dev/null; rm -rf "$tmp"' EXIT
+trap 'exit 130' INT TERM
+
+passed=0 failed=0
+check() {   # NAME COMMAND: passes if the command succeeds; what it printed is shown if it fails
+  name=$1; shift
+  echo "$name" | grep -q "${ONLY:-.}" || return
+  if "$@" >report 2>&1; then echo "ok $name"; passed=$((passed + 1))
+  else echo "FAIL $name"; sed 's/^/     /' report | tail -20; failed=$((failed + 1)); fi
+}
+need() { [ -x "$1" ] || { echo "no program $1: build it first"; exit 1; }; }
+need "$train"; need "$tales"
+
+# The sanitizer versions are built while the first checks run
+if [ "${SANITIZE:-yes}" = yes ]; then
+  build() { $CC -std=c11 -D_GNU_SOURCE -g "$@" "$here/train.c" -pthread -lm; }
+  (build -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -o asan >asan.log 2>&1 &&
+   build -O1 -fsanitize=thread -o tsan >tsan.log 2>&1 && $CC -o fuzz "$here/.ci/fuzz.c") &
+fi
+
+# A model so small that a step takes a tenth of a millisecond; texts of 4000 and 400 bytes
+"$tales" tales.txt --bytes 4000 --seed 1 >/dev/null || exit 1
+cp tales.txt text            # without the floor
+tail -c 400 text >last       # what is validated
+small="--n_layer 1 --n_head 2 --n_embd 8 --block_size 8 --batch_size 2"
+flat="--warmup 0 --min_lr 1e-3"   # a learning rate that does not depend on max_steps
+go() { "$train" text $small --threads 2 "$@"; }
+same() { for f in model state; do cmp "$1/$f.safetensors" "$2/$f.safetensors" || return 1; done; }
+clean() { [ -z "$(find "$@" -name '*.tmp')" ] || { find "$@" -name '*.tmp'; return 1; }; }
+seed=$$
+random() {   # sets $random to a number below $1
+  seed=$(((seed * 69069 + 12345) % 2147483648)) random=$((seed / 65536 % $1))
+}
+
+# ---- Killed, interrupted, resumed
+
+survives_kill() {   # OPTIONS: kill -9 at 12 random moments, more than half of them during a save
+  go --out never --max_steps 120 --eval_interval 1 "$@" || return 1
+  kills=0 torn=0
+  while [ $kills -lt 12 ]; do
+    rm -rf killed
+    done=no
+    while [ $done = no ] && [ $kills -lt 12 ]; do
+      threads=$((kills % 3 * 2 + 1)) again=
+      [ -f killed/state.safetensors ] && again=--resume
+      "$train" text $small --out killed --max_steps 120 --eval_interval 1 "$@" --threads $threads \
+        $again & pid=$!
+      random 200; sleep "0.$(printf %03d $((random + 20)))"
+      kill -9 $pid && kills=$((kills + 1)) || done=yes
+      wait $pid
+      ls killed/*.tmp && torn=$((torn + 1))
+    done
+  done 2>/dev/null
+  echo "$kills kills, $torn left a half-written temporary file behind"
+  again=
+  [ -f killed/state.safetensors ] && again=--resume
+  go --out killed --max_steps 120 --eval_interval 1 "$@" $again || return 1
+  same never killed && clean killed
+}
+check "kill -9 at random moments, resumed on 1, 3 and 5 threads: bit for bit" survives_kill
+check "the same with --accumulate 3 --optimizer momentum" survives_kill --accumulate 3 \
+  --optimizer momentum
+
+survives_cut() {   # the system kills it (SIGXFSZ) at the byte that would make a file too long
+  go --out whole --max_steps 20 --eval_interval 5 $flat || return 1
+  ended=no
+  for blocks in 0 1 8 20 26 27 60 78 200; do
+    rm -rf cut
+    go --out cut --max_steps 10 --eval_interval 5 $flat || return 1
+    (ulimit -f $blocks; go --out cut --max_steps 20 --resume) && ended=$blocks
+    go --out cut --max_steps 20 --resume || return 1
+    same whole cut || return 1
+  done
+  [ $ended = 200 ]   # and before, it was killed
+}
+check "killed in the middle of writing each file, resumed: bit for bit" survives_cut
+
+until_it_runs() {   # no longer than 10 s
+  tries=100
+  until grep -q ^step started || [ $tries = 0 ]; do sleep 0.1; tries=$((tries - 1)); done
+}
+survives_interrupt() {   # SIGNAL
+  rm -rf long stopped
+  "$train" text $small $flat --out stopped --max_steps 1000000 --eval_interval 0 >started & pid=$!
+  until_it_runs; kill -"$1" $pid; wait $pid
+  code=$?
+  [ $code = 130 ] || { echo "exit code $code, expected 130"; return 1; }
+  step=$(sed -n '$s/^[^,]*,\([0-9]*\),.*/\1/p' stopped/log.csv)
+  [ "$step" -gt 0 ] && [ "$step" -lt 1000000 ] || { echo "stopped at step $step"; return 1; }
+  go --out stopped --max_steps $((step + 50)) --resume --threads 5 || return 1
+  go --out long --max_steps $((step + 50)) --eval_interval 0 $flat || return 1
+  cmp long/model.safetensors stopped/model.safetensors && clean stopped
+}
+check "SIGINT finishes the step, saves, exits 130; resumed: bit for bit" survives_interrupt INT
+check "SIGTERM likewise" survives_interrupt TERM
+
+second_interrupt() {
+  "$train" text $small --out second --accumulate 1000000 --eval_interval 0 >started & pid=$!
+  sleep 1; kill -INT $pid; sleep 0.1; kill -INT $pid; wait $pid
+  [ $? = 130 ] && clean second && [ ! -f second/state.safetensors ]
+}
+check "a second SIGINT leaves at once, with 130" second_interrupt
+
+any_threads() {
+  for n in 1 2 5; do
+    "$train" text $small --n_embd 24 --n_head 3 --max_steps 60 --eval_interval 20 --accumulate 2 \
+      --threads $n --out threads$n || return 1
+  done
+  same threads1 threads2 && same threads1 threads5
+}
+check "1, 2 and 5 threads: the same bytes" any_threads
+
+twice() {
+  go --out twice --max_steps 20 --eval_interval 10 && cp -r twice before || return 1
+  go --out twice --resume && go --out twice --resume && same twice before || return 1
+  go --out twice --resume --max_steps 40 >log || return 1
+  tail -1 log | grep '^step 40 ' && [ "$(wc -l <twice/log.csv)" = 42 ]
+}
+check "--resume of a finished run changes nothing; with more --max_steps it goes on" twice
+
+# ---- What it prints and writes
+
+go --out run --max_steps 60 --eval_interval 20 >printed
+last_line() {
+  tail -1 printed
+  tail -1 printed | grep -Eq "^step 60 \| train [0-9]+\.[0-9]{4} \| val [0-9]+\.[0-9]{4} \| \
+[0-9]+\.[0-9]{2} ms/step \| [0-9]+ tokens/s \| [0-9]+\.[0-9] GFLOP/s \| threads 2$"
+}
+check "the last line is in its documented form" last_line
+check "no control characters where there is no terminal" \
+  eval '[ "$(tr -d "\n\t\040-\176\200-\377" <printed | wc -c)" = 0 ]'
+check "files of a run: config.json, log.csv, loss.svg, model and state, nothing else" \
+  eval '[ "$(ls -a run | tr "\n" " ")" = \
+          ". .. config.json log.csv loss.svg model.safetensors state.safetensors " ]'
+check "log.csv: 11 fields, all updates in order, each with its numbers" awk -F, '
+  NF != 11 { print "line", NR, "has", NF, "fields"; exit bad = 1 }
+  NR == 1 { if ($1 $2 != "armupdate") exit bad = 1; next }
+  $2 != NR - 2 || $3 != $2 * 16 { print "line", NR; exit bad = 1 }
+  NR > 2 && !($4 > 0 && $5 >= 0 && $6 > 0 && $7 > 0) { print "line", NR; exit bad = 1 }
+  ($8 > 0) != ($2 % 20 == 0) { print "val in line", NR; exit bad = 1 }
+  END { exit bad || NR != 62 }' run/log.csv
+well_formed() {   # every tag closes itself, or the one opened last
+  awk 'BEGIN { RS = "<" } NR > 1 {
+    if (!index($0, ">")) bad = 1
+    split($0, word, /[ >\n]/); tag = word[1]
+    if (substr(tag, 1, 1) == "/") { if (open[depth--] != substr(tag, 2)) bad = 1 }
+    else if ($0 !~ /\/>/) open[++depth] = tag
+    if ($0 ~ /nan|inf/) bad = 1
+  } END { exit bad || depth || NR < 20 }' "$1" || return 1
+  if command -v xmllint; then xmllint --noout "$1"; fi
+}
+check "loss.svg: well-formed, two curves, no NaN in it" \
+  eval 'well_formed run/loss.svg && [ "$(grep -c "<polyline" run/loss.svg)" = 2 ]'
+with_floor() { "$train" tales.txt $small --max_steps 4 --eval_interval 2 --out floor >floor.txt; }
+check "the floor of the default text is in the first lines and in the plot" \
+  eval 'with_floor && grep "floor [0-9]" floor.txt && grep "floor [0-9]" floor/loss.svg &&
+        well_formed floor/loss.svg'
+evaluates() {
+  "$train" last --eval --out run --threads 2 >eval.txt || return 1
+  cat eval.txt; tail -1 run/log.csv
+  tail -1 eval.txt | grep -E '^loss [0-9]+\.[0-9]{6}$' &&
+    [ "$(tail -1 eval.txt)" = "loss $(tail -1 run/log.csv | cut -d, -f8)" ]
+}
+check "--eval of the last tenth is the validation loss, to the last digit" evaluates
+
+compares() {
+  go --compare 3 --max_steps 20 --eval_interval 6 --out compare >compare.txt || return 1
+  tail -1 compare.txt
+  tail -1 compare.txt | grep '^step 18 ' && well_formed compare/loss.svg &&
+    [ "$(grep -c ^single, compare/log.csv)" = 19 ] && [ "$(grep -c ^multi, compare/log.csv)" = 7 ]
+}
+check "--compare 3 over 20 steps: 18 single-step updates, 6 multi-step" compares
+compare_alone() {   # on the same tokens with the same rates as a run of one arm
+  go --max_steps 18 --eval_interval 6 --out alone || return 1
+  sed -n 's/^single,//p' compare/log.csv | cut -d, -f1-8 >single.rows
+  sed -n 's/^train,//p' alone/log.csv | cut -d, -f1-8 >train.rows
+  cmp single.rows train.rows
+}
+check "its single-step arm is the run without --compare" compare_alone
+
+# ---- Odd but good input
+
+odd() {
+  head -c 4000 /dev/zero >zeros && tr '\000' a <zeros >one_byte
+  awk 'BEGIN { for (i = 0; i < 4000; i++) printf "%c", (i * i / 7) % 256 }' >binary
+  sed 's/$/\r/' text >crlf; tr -d '\n' <text >one_line
+  for t in zeros one_byte binary crlf one_line; do
+    "$train" $t $small --max_steps 3 --eval_interval 1 --out odd >odd.txt || return 1
+    [ "$(tr -d '\n\t\040-\176\200-\377' <odd.txt | wc -c)" = 0 ] || return 1
+  done
+}
+check "texts: zeros, one byte repeated, binary, CRLF, a single line" odd
+sizes() {
+  go --max_steps 3 --out sizes --n_embd 1 --n_head 1 --block_size 1 --batch_size 1 &&
+  go --max_steps 3 --out sizes --n_layer 50 --n_embd 3 --n_head 3 --block_size 3 &&
+  go --max_steps 2 --out sizes --vocab_size 1000 --warmup 100 --beta1 0 --beta2 0 &&
+  go --max_steps 0 --out sizes && go --max_steps 1 --eval_interval 0 --out sizes &&
+  "$train" zeros $small --vocab_size 1 --max_steps 2 --out sizes
+}
+check "sizes: one channel, 50 layers, a vocabulary of 1 and of 1000, no step" sizes
+awkward="a b'c\"d\\e"
+names() {
+  mkdir "$awkward" && cp text "$awkward/$awkward" || return 1
+  "$train" "$awkward/$awkward" $small --max_steps 4 --out "$awkward/out/" || return 1
+  "$train" $small --resume --max_steps 8 --out "$awkward/out/" >names.txt || return 1
+  grep -F "$awkward/$awkward" names.txt
+}
+check "a path with spaces, quotes and a backslash, found again by --resume" names
+for optimizer in sgd momentum adagrad adadelta rmsprop adam adamw; do
+  check "--optimizer $optimizer, stopped and resumed: bit for bit" eval "
+    go --optimizer $optimizer --max_steps 8 --eval_interval 4 $flat --out o1 &&
+    go --optimizer $optimizer --max_steps 4 --eval_interval 4 $flat --out o2 &&
+    go --max_steps 8 --resume --out o2 && same o1 o2 && rm -rf o1 o2"
+done
+
+# ---- Bad input: one line on stderr, a non-zero exit code, nothing half written
+
+refuses() {   # PATTERN ARGUMENTS: the line must match the pattern
+  pattern=$1; shift
+  "$train" "$@" >out.txt 2>err.txt </dev/null
+  code=$?
+  if [ $code = 0 ] || [ $code -gt 125 ] || [ "$(wc -l <err.txt)" != 1 ] ||
+     ! grep -Eq "^train: .*$pattern" err.txt || grep -qi sanitizer err.txt; then
+    echo "train $*: exit code $code, expected a line with \"$pattern\""; cat err.txt; return 1
+  fi
+  clean .
+}
+untouched() { same run kept && diff -r run kept; }
+
+bad_texts() {
+  : >empty; echo short >short; mkdir -p folder
+  refuses 'no/such: No such file' no/such $small && refuses 'is a directory' folder $small &&
+  refuses 'has 0 bytes' empty $small && refuses 'has 6 bytes' short $small &&
+  refuses 'block_size' text --block_size 4000 && refuses 'block_size' text --block_size 400 &&
+  refuses 'No such file' '' && refuses 'vocabulary has 100' text $small --vocab_size 100 &&
+  refuses 'window' short --eval --out run
+}
+bad_values() {   # of every option that takes a number, whatever the table says
+  "$train" --help | sed -n 's/^ *--\([a-z0-9_]*\) .*(\([^ ]*\) to \([^ ]*\))$/\1 \2 \3/p' >numbers
+  [ "$(wc -l <numbers)" -ge 18 ] || { echo "found only $(cat numbers) in --help"; return 1; }
+  while read -r option low high; do
+    for value in -1 -0.0001 1e99 99999999999999999999 nan inf -inf x 1x 1,5 '' ' ' 0x 1e; do
+      refuses "$option" text $small "--$option" "$value" || return 1
+      refuses "$option" text $small "--$option=$value" || return 1
+    done
+    if [ "$low" != 0 ]; then refuses "$option" text $small "--$option" 0 || return 1; fi
+    refuses "$option needs a value" text $small "--$option" || return 1
+  done <numbers
+  for option in n_layer n_head n_embd block_size batch_size accumulate max_steps warmup seed \
+                threads compare eval_interval vocab_size; do
+    refuses "whole number" text $small --$option 2.5 || return 1
+  done
+}
+bad_options() {
+  refuses 'nearest is --n_layer' text --n_layers 3 && refuses '--max_steps' text --max_step=3 &&
+  refuses 'nearest is --learning_rate' text --learning-rate 1 &&
+  refuses 'nearest is --n_layer' text -n_layer 3 && refuses '--help' text -h &&
+  refuses 'needs a value' text --out && refuses 'takes no value' text --resume=yes &&
+  refuses 'one word too many' text last && refuses 'optimizer' text --optimizer adamx &&
+  refuses 'precision' text $small --out bad --precision fp64 &&
+  refuses 'divisible' text --n_embd 10 --n_head 4 && refuses 'divisible' text --n_embd 2 &&
+  refuses 'compare' text --compare 4 --accumulate 2 &&
+  refuses 'compare' text --compare 4 --resume --out run &&
+  refuses 'compare' text --compare 4 --max_steps 3 && refuses 'out' text --out '' &&
+  refuses 'compare' text --compare 4 --eval_interval 0 &&
+  refuses 'leave one out' text --resume --init run --out run &&
+  refuses 'over 40' text --out "$(printf %05000d 0)"
+}
+bad_folders() {
+  for out in text/x /proc/x /dev/null/x no/such/folder text; do
+    refuses out text $small --out $out || return 1
+  done
+  mkdir locked && chmod 555 locked || return 1
+  [ "$(id -u)" = 0 ] || refuses 'out locked' text $small --out locked
+}
+too_large() {
+  for sizes in '--n_embd 65536 --n_layer 1000' '--batch_size 65536 --block_size 350 --n_embd 4096' \
+    '--batch_size 65536 --block_size 350 --n_embd 1 --n_head 1 --n_layer 1000' \
+    '--vocab_size 10000000 --n_embd 4096'; do
+    refuses 'lower' text --out large $sizes || return 1
+  done
+  head -c 30000000 /dev/zero >huge
+  refuses 'too many at once' huge --batch_size 65536 --block_size 1000000 --n_embd 1 --n_head 1
+}
+little_memory() {   # an address space of so many KB
+  for limit in 20000 60000 120000; do
+    (ulimit -v $limit && refuses 'memory|the system gave' text --out little --threads 2 \
+       --n_embd 512 --batch_size 256) || return 1
+  done
+}
+bad_list() {
+  check "$1texts: none, a directory, empty, too short for a window" bad_texts
+  check "$1values: each option given negative, absurd, empty and no numbers at all" bad_values
+  check "$1options: unknown, contradicting, without value" bad_options
+  check "$1output folders that cannot be made or written in" bad_folders
+  check "$1sizes that no machine has memory for" too_large
+}
+bad_list "refuses "
+check "refuses politely when memory cannot be had (ulimit -v)" little_memory
+
+# ---- A full disk
+
+go --out run --max_steps 60 --eval_interval 20 >/dev/null
+rm -rf kept; cp -r run kept
+full_by_limit() {   # files may have so many blocks of 512 bytes; the signal is ignored: write fails
+  for blocks in 0 1 2 8 20 26; do
+    said=$(trap '' XFSZ; ulimit -f $blocks
+           "$train" text $small --max_steps 70 --out run --resume 2>&1 >/dev/null; echo "code $?")
+    echo "$said"
+    [ "$(echo "$said" | wc -l)" = 2 ] && [ "${said##*code }" = 1 ] || return 1
+    clean run && cmp run/model.safetensors kept/model.safetensors &&
+      cmp run/state.safetensors kept/state.safetensors || return 1
+  done
+}
+check "a file that cannot grow: one line, no .tmp, the old checkpoint as it was" full_by_limit
+disk_size=160k
+full_disk() {   # a real one: room for the checkpoint, and a little
+  cp -r kept disk/run || return 1
+  for left in 4 12 20; do
+    dd if=/dev/zero of=disk/ballast bs=1024 count=10000 2>/dev/null   # fills it
+    rm disk/ballast
+    free=$(df -k disk | awk 'NR == 2 { print $4 }')
+    dd if=/dev/zero of=disk/ballast bs=1024 count=$((free - left)) 2>/dev/null
+    "$train" text $small --max_steps 70 --out disk/run --resume >out.txt 2>err.txt
+    code=$?
+    cat err.txt
+    [ $code = 1 ] && [ "$(wc -l <err.txt)" = 1 ] && clean disk || return 1
+    cmp disk/run/state.safetensors kept/state.safetensors || return 1
+    "$train" last --eval --out disk/run || return 1      # the model is a whole one
+    rm disk/ballast
+  done
+  "$train" text $small --max_steps 70 --out disk/run --resume   # and with room it goes on
+}
+mkdir disk
+if [ "$(id -u)" = 0 ] && mount -t tmpfs -o size=$disk_size tmpfs disk 2>/dev/null; then
+  check "a full disk: one line, no .tmp, the old checkpoint opens and resumes" full_disk
+  umount disk
+else echo "skip a full disk: no right to mount one"; fi
+
+# ---- A loss that becomes NaN
+
+explodes() {
+  for optimizer in sgd momentum; do
+    for interval in 0 1 100; do
+      rm -rf nan
+      refuses 'step [0-9]+: .*(nan|inf).*kept' text $small --out nan --max_steps 500 --warmup 0 \
+        --learning_rate 1e6 --grad_clip 0 --optimizer $optimizer --eval_interval $interval ||
+        return 1
+      if [ -f nan/model.safetensors ]; then
+        "$train" last --eval --out nan | grep -E '^loss [0-9]+\.[0-9]{6}$' || return 1
+      fi
+    done
+  done
+}
+check "a loss that becomes NaN: stops, says at which step; what was saved still opens" explodes
+keeps_good() {
+  rm -rf nan; go --out nan --max_steps 10 --eval_interval 5 && cp -r nan good || return 1
+  refuses 'step 1[0-9]+: .*(nan|inf).*kept' text $small --out nan --resume --max_steps 500 \
+    --learning_rate 1e6 --min_lr 1e6 --grad_clip 0 --warmup 0 --weight_decay 1000 || return 1
+  same nan good
+}
+check "a resumed run that explodes leaves the last good checkpoint as it was" keeps_good
+
+# ---- Checkpoints, good and hostile
+
+header_size() { od -An -tu4 -N4 "$1" | tr -d ' '; }
+header() { tail -c +9 "$1" | head -c "$(header_size "$1")"; }
+numbers() { tail -c +$((9 + $(header_size "$1"))) "$1"; }
+safetensors() {   # HEADER: its length, little-endian, and itself
+  n=${#1}
+  printf "\\$(printf %03o $((n % 256)))\\$(printf %03o $((n / 256)))\\0\\0\\0\\0\\0\\0%s" "$1"
+}
+edit() {   # FROM TO SED-SCRIPT: the same numbers under an edited header
+  safetensors "$(header "$1" | sed "$3")" >edited && numbers "$1" >>edited && mv edited "$2"
+}
+
+hub() {   # no prefix, and a mask that is no parameter
+  rm -rf hub; mkdir hub && cp run/config.json hub || return 1
+  end=$(numbers run/model.safetensors | wc -c)
+  mask='"h.0.attn.bias":{"dtype":"U8","shape":[1,1,8,8],"data_offsets":'"[$end,$((end + 64))]}"
+  edit run/model.safetensors hub/model.safetensors "s/transformer\.//g; s/} *\$/,$mask}   /" &&
+    head -c 64 /dev/zero >>hub/model.safetensors || return 1
+  "$train" last --eval --out hub >hub.txt || return 1
+  cmp hub.txt eval.txt || return 1
+  go --init hub --out hub2 --max_steps 4 --eval_interval 2 &&
+  go --init run --out hub3 --max_steps 4 --eval_interval 2 &&
+    cmp hub2/model.safetensors hub3/model.safetensors
+}
+check "the hub's layout, without prefix and with masks, opens by --eval and --init" hub
+half_precision() {   # a model of zeros in BF16 and F16 is the uniform one: loss log 256
+  rm -rf half; mkdir half && cp run/config.json half || return 1
+  for type in BF16 F16; do
+    awk_program='{ n = split($0, part, "data_offsets\":\\["); line = part[1]
+      for (i = 2; i <= n; i++) { split(part[i], offset, /[],]/); rest = part[i]
+        sub(/^[^]]*/, "", rest)
+        line = line "data_offsets\":[" offset[1] / 2 "," offset[2] / 2 rest }
+      print line }'
+    safetensors "$(header run/model.safetensors | awk "$awk_program" | sed "s/F32/$type/g")" \
+      >half/model.safetensors
+    head -c $(($(numbers run/model.safetensors | wc -c) / 2)) /dev/zero >>half/model.safetensors
+    "$train" last --eval --out half | grep '^loss 5.545177$' || return 1
+  done
+}
+check "weights in F16 and BF16 open" half_precision
+
+hostile() {   # PATTERN HEADER BYTES: such a file is refused by --eval, --init and --resume
+  mkdir -p evil && cp run/config.json evil && safetensors "$2" >evil/model.safetensors
+  head -c "$3" /dev/zero >>evil/model.safetensors
+  refuse_evil "$1"
+}
+refuse_evil() {
+  cp evil/model.safetensors evil/state.safetensors && rm -rf evil2 &&
+  refuses "$1" last --eval --out evil && refuses "$1" text --init evil --out evil2 --max_steps 2 &&
+  refuses "$1" text --out evil --resume
+}
+one='{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
+f32() { echo "{\"dtype\":\"F32\",\"shape\":[$1],\"data_offsets\":[$2,$3]}"; }
+hostile_headers() {
+  hostile 'should take' "{\"a\":$(f32 2 0 8),\"b\":$(f32 2 16 24)}" 24 &&         # a hole
+  hostile 'should take' "{\"a\":$(f32 2 4 12)}" 12 &&                             # at the start
+  hostile 'should take' "{\"a\":$(f32 2 0 8),\"b\":$(f32 2 4 12)}" 12 &&          # an overlap
+  hostile 'should take' "{\"a\":$(f32 2 0 8),\"b\":$(f32 2 0 8)}" 8 &&
+  hostile 'called a' "{\"a\":$(f32 2 0 8),\"a\":$(f32 2 8 16)}" 16 &&             # a name twice
+  hostile 'truncated' "{\"a\":$one}" 7 && hostile 'damaged' "{\"a\":$one}" 9 &&
+  hostile 'truncated' "{\"a\":$(f32 2000 0 8000)}" 7999 &&                        # beyond the end
+  hostile 'should take' "{\"a\":$(f32 2 0 16)}" 16 &&                         # against its shape
+  hostile 'should take' "{\"a\":$(f32 2 8 0)}" 8 &&
+  hostile 'larger than' "{\"a\":$(f32 4294967296,4294967296,2 0 8)}" 8 &&         # overflows
+  hostile 'larger than' "{\"a\":$(f32 4611686018427387905 0 4)}" 4 &&
+  hostile 'smaller number' "{\"a\":$(f32 18446744073709551618 0 8)}" 8 &&
+  hostile 'smaller number' "{\"a\":$(f32 2 18446744073709551616 8)}" 8 &&
+  hostile 'whole number' "{\"a\":$(f32 -2 0 8)}" 8 &&
+  hostile 'whole number' "{\"a\":$(f32 2 -8 0)}" 8 && hostile JSON "{\"a\":$(f32 2.5 0 10)}" 10 &&
+  hostile '8 dimensions' "{\"a\":$(f32 1,1,1,1,1,1,1,1,2 0 8)}" 8 &&
+  hostile 'dtype' "{\"a\":{\"dtype\":\"F31\",\"shape\":[2],\"data_offsets\":[0,8]}}" 8 &&
+  hostile 'dtype' "{\"a\":{\"shape\":[2],\"data_offsets\":[0,8]}}" 8 &&
+  hostile 'dtype' "{\"a\":{\"dtype\":\"F32F32F32F32\",\"shape\":[2],\"data_offsets\":[0,8]}}" 8 &&
+  hostile 'dtype' "{\"a\":{\"dtype\":\"F32\",\"x\":1,\"shape\":[2],\"data_offsets\":[0,8]}}" 8 &&
+  hostile JSON "{\"a\":[]}" 0 && hostile JSON "{\"a\":$one,}" 8 && hostile JSON "{\"a\":$one" 8 &&
+  hostile JSON "{\"a\":$one}x" 8 && hostile JSON "{\"a\":$one}{}" 8 && hostile JSON "[]" 0 &&
+  hostile JSON "" 0 && hostile JSON " {}" 0 && hostile JSON '{"a' 0 && hostile JSON '{"a\' 0 &&
+  hostile JSON "{\"__metadata__\":{\"a\":1}}" 0 && hostile JSON "{\"__metadata__\":$one}" 0 &&
+  hostile JSON '{"__metadata__":{},"__metadata__":{}}' 0 &&
+  hostile 'no tensor|not a saved state' '{}' 0 &&
+  hostile 'no tensor|not a saved state' '{"__metadata__":{"step":"1"}}' 0 &&
+  hostile JSON "{\"a\":$(printf '%030000d' 0 | tr 0 '[')" 0 &&                    # a nesting bomb
+  hostile JSON "{\"a\":$(printf '%05000d' 0 | sed 's/0/{"a":/g')" 0
+}
+broken_files() {   # where not even the length is right
+  : >evil/model.safetensors && refuse_evil 'truncated' &&
+  printf 'abc' >evil/model.safetensors && refuse_evil 'truncated' &&
+  printf '\377\377\377\377\377\377\377\377{}' >evil/model.safetensors && refuse_evil 'header' &&
+  printf '\0\0\0\0\0\0\0\200{}' >evil/model.safetensors && refuse_evil 'header' &&
+  printf '\3\0\0\0\0\0\0\0{}' >evil/model.safetensors && refuse_evil 'header' &&
+  head -c 3000 /dev/zero >evil/model.safetensors && refuse_evil JSON &&
+  cat text >evil/model.safetensors && refuse_evil 'header' &&
+  size=$(wc -c <run/model.safetensors) &&
+  for n in 1 7 8 9 100 1000 2000 5000 $((size - 1)); do
+    head -c $n run/model.safetensors >evil/model.safetensors && refuse_evil . || return 1
+  done
+  rm -f evil/model.safetensors; mkdir evil/model.safetensors || return 1
+  refuses . last --eval --out evil; code=$?; rmdir evil/model.safetensors; return $code
+}
+not_this_model() {   # good files that are not the model that config.json speaks of
+  mkdir -p other
+  alter() {   # PATTERN SED-SCRIPT
+    cp run/config.json other
+    edit run/model.safetensors other/model.safetensors "$2" &&
+    refuses "$1" last --eval --out other && refuses "$1" text --init other --out other2 || return 1
+    edit run/state.safetensors other/state.safetensors "$2" &&
+    refuses "$1" text --out other --resume
+  }
+  alter 'no tensor transformer.wpe' 's/wpe\.weight/wpx.weight/' &&
+  alter 'no tensor transformer.h.0.mlp.c_fc.bias' 's/mlp.c_fc.bias/mlp.c_fd.bias/' &&
+  alter 'shape .8,256., expected .256,8.' 's/\[256,8\]/[8,256]/' &&
+  alter 'shape .2,4., expected' 's/\[8\]/[2,4]/' &&
+  alter 'is I32, expected F32' 's/F32/I32/'
+}
+configs() {
+  rm -rf other; mkdir other; cp run/*.safetensors other
+  config() {   # PATTERN SED-SCRIPT
+    sed "$2" run/config.json >other/config.json &&
+    refuses "$1" last --eval --out other && refuses "$1" text --init other --out other2
+  }
+  rm -f other/config.json
+  refuses 'No such file' last --eval --out other && refuses 'No such file' text --init other &&
+  config 'no n_layer' /n_layer/d && config 'no vocab_size' /vocab_size/d &&
+  config 'n_embd' 's/"n_embd": 8/"n_embd": 0/' && config 'JSON' 's/"n_embd": 8/"n_embd": -8/' &&
+  config 'n_head' 's/"n_head": 2/"n_head": 3/' && config 'JSON' 's/"n_embd": 8/"n_embd": 8.5/' &&
+  config 'JSON' 's/"n_embd": 8/"n_embd": "8"/' && config 'JSON' 's/,//' && config 'JSON' '$d' &&
+  config 'JSON' '$s/}/}}/' && config 'gelu_new' s/gelu_new/relu/ &&
+  config 'shape|memory|lower' 's/"n_embd": 8/"n_embd": 16/' &&
+  config 'n_layer|memory|lower' 's/"n_layer": 1/"n_layer": 10000000/' &&
+  config 'no tensor|memory' 's/"n_layer": 1/"n_layer": 1000/' &&
+  config 'n_embd|memory|lower' 's/"n_embd": 8/"n_embd": 9999998/' &&
+  config 'n_positions' 's/"n_positions": 8/"n_positions": 9999999/' &&
+  config 'vocab_size|shape|memory|lower' 's/"vocab_size": 256/"vocab_size": 9999999/' &&
+  config 'JSON' 's/"n_layer": 1/"n_layer": 99999999999999999999/' &&
+  config 'JSON' "s/\"n_inner\": null/\"n_inner\": $(printf %03000d 0 | tr 0 '[')/" || return 1
+  head -c 100 /dev/zero >other/config.json && refuses JSON last --eval --out other &&
+  : >other/config.json && refuses JSON last --eval --out other
+}
+resumes() {
+  rm -rf none; mkdir none
+  refuses 'No such file' text --out none --resume &&
+  refuses 'No such file' text --out no --resume &&
+  refuses 'n_embd' text --out run --resume --n_embd 16 &&
+  refuses 'n_layer' text --out run --resume --n_layer 2 &&
+  refuses 'block_size' text --out run --resume --block_size 4 &&
+  refuses 'n_head' text --out run --resume --n_head 1 &&
+  refuses 'optimizer' text --out run --resume --optimizer sgd &&
+  refuses 'text of 4000 bytes' last --out run --resume --block_size 8 || return 1
+  for value in -5 x '' 1e9 99999999999999999999; do
+    mkdir -p other && edit run/state.safetensors other/state.safetensors \
+      "s/\"step\":\"60\"/\"step\":\"$value\"/" && refuses step text --out other --resume ||
+      return 1
+  done
+  for change in 's/"n_embd":"8"/"n_embd":"99999999"/' 's/"n_embd":"8"/"n_embd":"-8"/' \
+    's/"n_embd":"8"/"n_embd":"16"/' 's/"n_layer":"1"/"n_layer":"0"/' 's/"adamw"/"none"/' \
+    's/"n_head":"2"/"n_head":"3"/' 's/"step":"60",//' 's/"val":"[^"]*"/"val":"x"/' \
+    's/"text":"text"/"text":"no\/such"/'; do
+    edit run/state.safetensors other/state.safetensors "$change" &&
+      refuses . --out other --resume || return 1
+  done
+  untouched
+}
+checkpoint_list() {
+  check "$1hostile headers: holes, overlaps, overflows, nesting bombs, no JSON" hostile_headers
+  check "$1files cut short, empty, or of something else" broken_files
+  check "$1checkpoints of another model: names, shapes, types" not_this_model
+  check "$1config.json missing, damaged, absurd" configs
+  check "$1--resume with other sizes, another text, no save, a damaged state" resumes
+}
+go --out run --max_steps 60 --eval_interval 20 >/dev/null; rm -rf kept; cp -r run kept
+"$train" last --eval --out run --threads 2 >eval.txt
+checkpoint_list "refuses "
+
+# ---- Where the output goes
+
+closed() {
+  "$train" text $small --max_steps 5 --eval_interval 2 --out closed >&- 2>/dev/null
+  "$train" last --eval --out closed >closed.txt || return 1   # whatever it said, the model is whole
+  grep '^loss' closed.txt || return 1
+  "$train" text $small --max_steps 9 --out closed --resume <&- >&- 2>&-
+  "$train" last --eval --out closed | grep '^loss'
+}
+check "closed stdin, stdout and stderr: nothing strange in the files" closed
+if [ -c /dev/full ]; then
+  full_out() { for w in --help "last --eval --out run"; do "$train" $w >/dev/full && return 1; done
+               return 0; }
+  check "output that cannot be written (/dev/full) is an error" full_out
+fi
+broken_pipe() {
+  go --max_steps 300 --eval_interval 1 --out pipe | head -1
+  [ ! -f pipe/model.safetensors ] || "$train" last --eval --out pipe | grep '^loss'
+}
+check "a reader that goes away (| head -1) leaves a checkpoint that opens, or none" broken_pipe
+check "1000 threads, or a line that says there are fewer" \
+  eval '"$train" text $small --threads 1000 --max_steps 1 --eval_interval 0 --out many ||
+        refuses "threads" text $small --threads 1000 --max_steps 1 --out many'
+
+# ---- The default text
+
+tales_good() {
+  "$tales" a --bytes 5000 --seed 3 && "$tales" b --bytes 5000 --seed 3 && cmp a b &&
+  cmp a.floor b.floor && [ "$(wc -c <a)" = 5000 ] && grep '^bytes 5000$' a.floor &&
+  "$tales" b --bytes 5000 --seed 4 && ! cmp a b && "$tales" --check --bytes 20000 &&
+  "$tales" --check --seed 9 --bytes 100 && "$tales" --help
+}
+check "tales: the same seed gives the same bytes, --check passes" tales_good
+tales_bad() {
+  cp a a.kept
+  for options in '' '--bytes' 'c --bytes 99' 'c --bytes -1' 'c --bytes x' 'c --bytes 1e6' 'c d' \
+    'c --seed' 'c --seed -1' 'c --seed 18446744073709551616' '--chek' 'c --check' 'c --nonsense 3' \
+    '/no/such/folder/c' 'folder' '/dev/null/x' 'c --bytes 2000000000'; do
+    "$tales" $options >out.txt 2>err.txt
+    code=$?
+    if [ $code = 0 ] || [ $code -gt 125 ] || [ "$(wc -l <err.txt)" != 1 ]; then
+      echo "tales $options: exit code $code"; cat err.txt; return 1
+    fi
+  done
+  (trap '' XFSZ; ulimit -f 8; "$tales" a --bytes 50000 2>/dev/null) && return 1
+  cmp a a.kept && clean . && [ ! -e c ]
+}
+check "tales: refuses bad options with one line, keeps the old file on a full disk" tales_bad
+
+# ---- The same under the sanitizers
+
+wait
+if [ "${SANITIZE:-yes}" = yes ]; then
+  if [ -x asan ] && [ -x tsan ] && [ -x fuzz ]; then
+    train=$tmp/asan
+    asan_run() {
+      go --max_steps 12 --eval_interval 4 --accumulate 2 --threads 3 --out asan1 || return 1
+      go --max_steps 16 --resume --out asan1 && go --compare 2 --max_steps 6 --out asan1 &&
+      go --n_embd 20 --n_head 2 --block_size 70 --batch_size 3 --max_steps 2 --out asan1
+    }
+    check "address and undefined-behaviour sanitizer: a run, resumed, and --compare" asan_run
+    check "address sanitizer: odd texts" odd
+    check "address sanitizer: odd sizes" sizes
+    check "address sanitizer: the hub's layout" hub
+    checkpoint_list "address sanitizer: refuses "
+    check "address sanitizer: 300 mutated checkpoints are refused with a line, or opened" \
+      ./fuzz "$tmp/asan" run text 300
+    check "thread sanitizer: a run on 3 threads" \
+      eval './tsan text $small --threads 3 --max_steps 6 --eval_interval 3 --out tsan1 2>tsan.txt &&
+            [ ! -s tsan.txt ]'
+  else check "sanitizer builds" eval 'cat asan.log tsan.log; false'; fi
+fi
+
+echo "$passed passed, $failed failed"
+[ $failed = 0 ]
