@@ -865,6 +865,9 @@ static void test_cache(int T, int C, int rows, long prompt_size) {
   test_model(&w, V, T, C, rows, BYTES);
   test_model(&whole, V, T, C, 1, BYTES);
   random_text(text, BYTES, V);
+  start_writing(&w, text + 7, 3, rows);           // of which nothing may be left
+  random_text(byte, rows, V);
+  advance(&w, byte);
   start_writing(&w, text, prompt_size, rows);
   for (;;) {
     for (int row = 0; row < rows; row++) {
@@ -1065,7 +1068,7 @@ int main(void) {
   test_cache(64, 32, 1, 1);
   test_cache(16, 32, 3, 1);
   test_cache(16, 48, 18, 5);     // more rows than linear_step() takes at once
-  test_cache(16, 10, 1, 40);     // the prompt is longer than the context; odd channels
+  test_cache(16, 10, 1, 43);     // the prompt is longer than the context; odd channels
   test_cache(7, 6, 2, 7);
   test_cache(1, 8, 1, 1);
   Sampler plain = {1, 1, 0, 1}, warm = {2.5, 1, 0, 2}, cold = {0.4, 1, 0, 3}, k = {0.8, 1, 5, 4},

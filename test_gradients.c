@@ -600,10 +600,10 @@ static double error_at(const Comparison *c, double size, long i) {
 static void say_factor(double k, const Shape *s) {
   printf("off by the factor %.6g", k);
   if (!s) return;
-  const char *name[] = {"B", "T", "B T", "C", "H", "C/H", "sqrt(C/H)", "V", "O", "2"};
+  const char *name[] = {"B", "T", "B T", "C", "H", "C/H", "sqrt(C/H)", "V", "O"};
   double value[] = {(double)s->B, (double)s->T, (double)s->B * s->T, (double)s->C, (double)s->H,
-                    (double)s->C / s->H, sqrt((double)s->C / s->H), (double)s->V, (double)s->O, 2};
-  for (int i = 0; i < 10; i++) {
+                    (double)s->C / s->H, sqrt((double)s->C / s->H), (double)s->V, (double)s->O};
+  for (int i = 0; i < 9; i++) {
     if (value[i] == 1) continue;
     if (fabs(k / value[i] - 1) < 1e-6) { printf(", which is %s", name[i]); break; }
     if (fabs(k * value[i] - 1) < 1e-6) { printf(", which is 1/(%s)", name[i]); break; }
@@ -670,7 +670,7 @@ static void say_where(const Comparison *c, const char *wrong) {
         diagonal &= i == j;
         count++;
       }
-  int third = c->cols / 3, qkv = strstr(c->tensor, "qkv") || strstr(c->tensor, "c_attn");
+  int third = c->cols / 3, qkv = strstr(c->tensor, "qkv") || strstr(c->layer, "c_attn");
   if (count == 1) printf("only [%d,%d]: ", r0, c0);
   else if (r0 == r1 && c->rows > 1) printf("only row %d: ", r0);
   else if (c0 == c1 && c->cols > 1) printf("only column %d: ", c0);
@@ -1528,7 +1528,7 @@ static void check_float_and_double(void) {
   char why[120];
   double roundings = 12.0 * TINY.n_layer + 4, terms = 4 * TINY.n_embd;
   double expected = 0x1p-24 * sqrt(roundings * terms);
-  snprintf(why, sizeof why, "expect 6e-8 sqrt(%g layers x %g terms) = %.0e, some times that at worst",
+  snprintf(why, sizeof why, "expect 6e-8 sqrt(%g layers x %g terms) = %.0e, or some times that",
            roundings, terms, expected);
   compare_backend(IN_FLOAT, 10 * expected, why);
   show_float_differences(IN_FLOAT);
@@ -1630,7 +1630,7 @@ static double arms_apart(int optimizer) {
 }
 
 static void check_accumulation(const Backend *in_float) {
-  printf("\nSingle-step and multi-step. a: %d micro-batches of %d x %d tokens, against one of %d x %d:\n"
+  printf("\nSingle-step and multi-step. a: %d micro-batches of %d x %d tokens, or one of %d x %d:\n"
          "how far apart, after %d updates, the last gradient and the weights are\n",
          PIECES, PIECE_B, PIECE_T, PIECES * PIECE_B, PIECE_T, UPDATES);
   printf("%-10s %-20s %-20s %s\n", "", "double", in_float->name, "train()'s own update()");
@@ -1707,8 +1707,8 @@ static void check_recipes(void) {
     "a sum over tokens / all tokens of the update", "mean of the micro-batches' means",
     "means added, not divided by their number", "gradients not zeroed after the first update",
     "each micro-batch clipped, not the sum", "Adam's step counted per micro-batch"};
-  printf("\nb: wrong recipes. 2 updates, each of 4 micro-batches of unequal size (5x7, 1x7, 2x3, 1x2;\n"
-         "...): how far the change of the weights is from the right one, and at what angle\n"
+  printf("\nb: wrong recipes. 2 updates, each of 4 unequal micro-batches (5x7, 1x7, 2x3, ...):\n"
+         "how far the change of the weights is from the right one, and at what angle\n"
          "%-46s %-8s %-10s %-8s %s\n", "", "SGD", "angle", "AdamW", "angle");
   for (int recipe = -1; recipe < N_RECIPES; recipe++) {
     int right = recipe <= SUM_OF_TOKENS;
@@ -1779,8 +1779,9 @@ static void show_all_steps(void) {
 // with each g at the start. A g changes by rate x something from step to step: so the moves differ
 // by rate^2 x something, and are the same in the limit.
 static void check_ladder(void) {
-  printf("\nd: the ladder. %d steps of SGD against one of %d times the rate: as the rate falls by 10,\n"
-         "so does a step, and the difference by 100\n  rate     |change|    |difference|  order\n",
+  printf("\nd: the ladder. %d steps of SGD against one of %d times the rate: when the rate falls\n"
+         "by 10, so does a step, and the difference falls by 100\n"
+         "  rate     |change|    |difference|  order\n",
          PIECES, PIECES);
   double last = NAN, order = NAN, rate = 0.1;
   for (int i = 0; i < 5; i++, rate /= 10) {
@@ -1834,7 +1835,7 @@ static void plain_step(const Model *lists, Trial *t, double *w, double *m, doubl
 }
 
 // Trials of 1, 2, ... updates: each gives the gradient of its last, from which the formula is
-// worked out beside it. The gradient is clipped in some of the updates, and more than one CHUNK.
+// worked out beside it. The gradient is clipped, and longer than a CHUNK.
 static double apart_from_formula(int optimizer) {
   const Config config = {1, 3, 30, 8, LETTERS};
   Model lists = lists_of(config);
@@ -1846,7 +1847,7 @@ static double apart_from_formula(int optimizer) {
     Trial t = new_trial(config, optimizer_rate(optimizer, &start.learning_rate), 0);
     t.learning_rate = start.learning_rate;
     t.updates = u;
-    t.weight_decay = 0.1; t.grad_clip = u % 2 ? 1 : 1;
+    t.weight_decay = 0.1; t.grad_clip = 1;
     for (int k = 0; k < u; k++) {
       Piece piece = {2, 7, 11 * k};
       t.piece[k] = piece;
@@ -1868,7 +1869,7 @@ static double apart_from_formula(int optimizer) {
 }
 
 static void check_optimizers(void) {
-  printf("\ne: every optimizer, 4 updates with clipping and decay of matrices, against its formula:\n"
+  printf("\ne: every optimizer, 4 updates with clipping and decay, against its formula:\n"
          "the worst weight, relative to the largest change\n");
   for (int i = 0; i < N_OPTIMIZERS; i++) {
     double apart = apart_from_formula(i);
@@ -2063,9 +2064,9 @@ static void check_regression(void) {
     sx += AREA[i], sy += PRICE[i], sxx += AREA[i] * AREA[i], sxy += AREA[i] * PRICE[i];
   double weight = (n * sxy - sx * sy) / (n * sxx - sx * sx);   // the normal equations
   double best[2] = {weight, (sy - weight * sx) / n}, least = gradient_at(&h, best, grad);
-  printf("\nA model small enough to solve by hand: price = weight area + bias, %d houses; until the\n"
-         "loss is within 1e-6 of the least\n  %-44s %8s %8s  %-10s %8s %7s\n", HOUSES, "", "weight", "bias",
-         "loss", "updates", "passes");
+  printf("\nA model small enough to solve by hand: price = weight area + bias, %d houses; until\n"
+         "the loss is within 1e-6 of the least\n  %-44s %8s %8s  %-10s %8s %7s\n", HOUSES, "",
+         "weight", "bias", "loss", "updates", "passes");
   Solution all[4];
   all[0] = descend(&h, 1, 1, 0.008, least);
   all[1] = descend(&h, 1, 4, 0.01, least);
@@ -2089,9 +2090,10 @@ static void check_regression(void) {
   judge_that(off < 1e-12, "one Newton step is the answer", "%.1e from the normal equations", off);
   double near = twice_as_far(1e-4), far = twice_as_far(1);
   printf("No such step exists for the Transformer: softmax, GELU and products of weights make its\n"
-         "loss no quadratic, and what Newton's step relies on holds only near by. When the weights\n"
-         "of a quadratic move twice as far, its gradient changes by twice as much, however far that\n"
-         "is; the Transformer's, for 1e-4 and 2e-4, by %.4f times; for 1 and 2 by %.4f.\n", near, far);
+         "loss no quadratic, and what Newton's step relies on holds only near by. When a\n"
+         "quadratic's weights move twice as far, its gradient changes by twice as much, however\n"
+         "far that is; the Transformer's, for 1e-4 and 2e-4, by %.4f times; for 1 and 2 by %.4f.\n",
+         near, far);
   judge_that(fabs(near - 2) < 0.01 && fabs(far - 2) > 0.05,
              "the Transformer's loss is no quadratic", "%.4f is not 2", far);
   close_houses(&h);
@@ -2100,10 +2102,10 @@ static void check_regression(void) {
 // ---- 7. Somebody else's numbers ---------------------------------------------------------------
 // --save writes all there is to know of one step of the tiny model, in double: tokens and targets
 // (B,T), as numbers; every parameter, under its name in Hugging Face's GPT-2; every activation
-// (N,..) as layout() calls it, `loss` being that of each token; grad.NAME of the mean loss for them all;
-// and updated.NAME: each parameter after SGD with rate 0.1. Any program can start from the same
-// tokens and parameters, and write what it found under these names; --against compares what is in
-// such a file, and does not mind what is not.
+// (N,..) as layout() calls it, `loss` being that of each token; grad.NAME of the mean loss for all
+// of them; and updated.NAME: each parameter after SGD with rate 0.1. Any program can start from the
+// same tokens and parameters, and write what it found under these names; --against compares what is
+// in such a file, and does not mind what is not.
 
 enum { MOST_SAVED = 400 };
 typedef struct {
@@ -2219,7 +2221,7 @@ static Option options[] = {
   {"threads", INTEGER, &asked.threads, "1", 1, 1024, 0, "threads; results do not depend on it", 0},
   {"save", TEXT, &asked.save, NULL, 0, 0, 0, "write a step of a tiny model as safetensors", 0},
   {"against", TEXT, &asked.against, NULL, 0, 0, 0, "compare it with somebody else's file", 0},
-  {"hash", FLAG, &asked.hash, NULL, 0, 0, 0, "print a hash of some updates, and end", 0},
+  {"hash", FLAG, &asked.hash, NULL, 0, 0, 0, "print a hash of some updates", 0},
   {NULL, FLAG, NULL, NULL, 0, 0, 0, NULL, 0}};
 
 // The layers that were named, as they are in the table; a name that is in none is an error.
@@ -2237,10 +2239,10 @@ static void check_names(const char **names, int n) {
 }
 
 static void print_summary(double started) {
-  printf("\nworst relative errors:");
+  printf("\nworst relative errors:\n");
   for (int i = 0; i < n_layers; i++)
-    if (layers[i]->worst >= 0) printf(" %s %.0e ", layers[i]->name, layers[i]->worst);
-  printf("\n%.1f s\n", seconds() - started);
+    if (layers[i]->worst >= 0) printf("  %-16s %.1e\n", layers[i]->name, layers[i]->worst);
+  printf("%.1f s\n", seconds() - started);
   if (failed) printf("the first failure: %s\n", first_failure);
   printf("%d passed, %d failed\n", passed, failed);
 }

@@ -111,9 +111,9 @@ static double random_normal(uint64_t seed, uint64_t index) {   // Box and Muller
 // backward() is forward() read from bottom to top. Who writes a gradient how:
 //   - parameters: backward adds (+=). They are zeroed once per update, and that alone is what makes
 //     several micro-batches one update;
-//   - activations have one reader, whose backward sets (=) the gradient. But the stream x is read by
-//     a layernorm and by a residual: the residual sets dx, and the layernorm, which comes later in
-//     backward, adds to it.
+//   - activations have one reader, whose backward sets (=) the gradient. But the stream x is read
+//     by a layernorm and by a residual: the residual sets dx, and the layernorm, which comes later
+//     in backward, adds to it.
 
 typedef struct { double loss, hits, norm2; } Stats;   // sums over the tokens of an update; |grad|^2
 
@@ -253,7 +253,7 @@ static const char *device_start(int threads) {
 }
 
 static void device_precision(const char *name) {
-  if (strcmp(name, "fp32")) die("--precision %s: the CPU has fp32 only; ./train_gpu has tf32", name);
+  if (strcmp(name, "fp32")) die("--precision %s: the CPU has fp32, ./train_gpu also tf32", name);
 }
 
 static double device_memory(void) {
@@ -611,8 +611,8 @@ static void attention_forward(Tensor out, Tensor lse, Tensor qkv, int B, int T, 
     const real *q = qkv.data + bh/H*T*3*C + bh%H*D, *k = q + C, *v = k + C;   // rows 3C apart
     real *o = out.data + bh/H*T*C + bh%H*D, att[SIDE*SIDE], max[SIDE], sum[SIDE];
     for (long i = 0; i < T; i += SIDE)                      // queries i..i+rows-1
-      for (long j = 0; j <= i; j += SIDE) {                  // keys j..j+columns-1, none after i
-        int rows = MIN(SIDE, T - i), columns = MIN(SIDE, T - j);
+      for (long j = 0; j <= i; j += SIDE) {                 // keys j..j+columns-1, none after i
+        int rows = (int)MIN((long)SIDE, T - i), columns = (int)MIN((long)SIDE, T - j);
         matmul_job(att, SIDE, rows_of(q + i*3*C, 3*C), transpose(rows_of(k + j*3*C, 3*C)),
                    rows, columns, D, 0, NULL);
         for (int t = 0; t < rows; t++) {
@@ -650,12 +650,12 @@ static void attention_backward(Tensor out, Tensor lse, Tensor qkv, int B, int T,
     real att[SIDE*SIDE], dz[SIDE*SIDE];
     for (long i = 0; i < T; i += SIDE)                      // queries i.., keys j.., as in forward
       for (long j = 0; j <= i; j += SIDE) {
-        int rows = MIN(SIDE, T - i), columns = MIN(SIDE, T - j);
+        int rows = (int)MIN((long)SIDE, T - i), columns = (int)MIN((long)SIDE, T - j);
         Matrix q_i = rows_of(q + i*3*C, 3*C), k_j = rows_of(k + j*3*C, 3*C);
         Matrix dout_i = rows_of(dout + i*C, C), v_j = rows_of(v + j*3*C, 3*C);
         matmul_job(att, SIDE, q_i, transpose(k_j), rows, columns, D, 0, NULL);
         matmul_job(dz, SIDE, dout_i, transpose(v_j), rows, columns, D, 0, NULL);   // datt so far
-                   for (int t = 0; t < rows; t++) {
+        for (int t = 0; t < rows; t++) {
           real *att_t = att + t*SIDE, *dz_t = dz + t*SIDE, lse_t = lse.data[bh*T + i + t] / scale;
           real expected = dot(dout + (i + t)*C, o + (i + t)*C, D);
           softmax_weights(att_t, MIN(columns, i + t - j + 1), columns, lse_t, scale);
@@ -666,7 +666,8 @@ static void attention_backward(Tensor out, Tensor lse, Tensor qkv, int B, int T,
         matmul_job(dv + j*3*C, 3*C, transpose(rows_of(att, SIDE)), dout_i,
                    columns, D, rows, !first, NULL);
         matmul_job(dq + i*3*C, 3*C, rows_of(dz, SIDE), k_j, rows, D, columns, j > 0, NULL);
-        matmul_job(dk + j*3*C, 3*C, transpose(rows_of(dz, SIDE)), q_i, columns, D, rows, !first, NULL);
+        matmul_job(dk + j*3*C, 3*C, transpose(rows_of(dz, SIDE)), q_i,
+                   columns, D, rows, !first, NULL);
       }
   }
   lap("attention_backward", 5.0*B*T*T*C, 0);
@@ -797,7 +798,8 @@ typedef struct {                       // a block's parameters
 } Block;
 
 typedef struct {                       // a block's activations, in the order they are made
-  Tensor ln_1, ln_1_stats, qkv, attn, lse, attn_proj, x_mid, ln_2, ln_2_stats, fc, gelu, mlp_proj, x;
+  Tensor ln_1, ln_1_stats, qkv, attn, lse, attn_proj, x_mid;
+  Tensor ln_2, ln_2_stats, fc, gelu, mlp_proj, x;
 } Acts;
 
 // Where the data or the gradient of an activation lies. Forward keeps what backward will read; the
@@ -827,8 +829,8 @@ typedef struct {
   Tensor x_f, x_f_stats, logits, row_lse, loss, hit;
   Entry *parameter, *activation;       // the lists, and how long they are
   int n_parameters, n_activations;
-  Tensor weights;                      // all parameters: matrices first, so that weight decay, which
-  long n_matrices, n_weights;          // is for matrices, is for one range of them (with padding)
+  Tensor weights;                      // all parameters: matrices first, so that weight decay,
+  long n_matrices, n_weights;          // which is for them, is for one range (with padding)
   long count;                          // parameters, without padding
   int training, separate;              // see model_plan()
   real *moment[2];                     // the optimizer's memories m and v, laid out like weights
@@ -1102,7 +1104,8 @@ DEVICE static inline real step_of(int optimizer, real g, real *m, real *v, Updat
 }
 
 // Weight decay: part of the gradient, but in AdamW apart from it (Loshchilov and Hutter 2019).
-DEVICE static inline void update_weight(int optimizer, real *w, real g, real *m, real *v, Update u) {
+DEVICE static inline void update_weight(int optimizer, real *w, real g, real *m, real *v,
+                                        Update u) {
   if (optimizer == ADAMW) *w -= u.learning_rate * u.weight_decay * *w;
   else g += u.weight_decay * *w;
   *w -= step_of(optimizer, g, m, v, u);
@@ -1206,8 +1209,8 @@ static char *read_file(const char *path, long *size) {
   return all;
 }
 
-// data/tales.c writes, beside a text, its entropy: the floor. The file is believed only if it speaks
-// of a text of this size.
+// data/tales.c writes, beside a text, its entropy: the floor. The file is believed only if it
+// speaks of a text of this size.
 static void read_floor(Text *text) {
   char path[4096], key[64];
   double value, bytes = 0, floor[2] = {NAN, NAN};
@@ -1255,7 +1258,8 @@ static void load_windows(Model *m, const unsigned char *byte, const long *start,
 
 // The windows of micro-batch number `index` of a training run: they depend on the seed and the
 // number alone, so that a resumed run, or another arm of a comparison, sees the same text.
-static void load_micro_batch(Model *m, const Text *text, uint64_t seed, uint64_t index, int B, int T) {
+static void load_micro_batch(Model *m, const Text *text, uint64_t seed, uint64_t index, int B,
+                             int T) {
   long *start = (long *)malloc(B * sizeof(long));
   if (!start) die("no memory for a batch of %d: lower --batch_size", B);
   for (int b = 0; b < B; b++)
@@ -1621,7 +1625,8 @@ static const Saved *safetensors_find(const Safetensors *st, const char *prefix, 
   char full[128];
   snprintf(full, sizeof full, "%s%s", prefix, name);
   Saved wanted = {{full, (long)strlen(full)}, "", 0, {0}, 0, 0};
-  return (const Saved *)(st->n ? bsearch(&wanted, st->tensor, st->n, sizeof(Saved), by_name) : NULL);
+  if (!st->n) return NULL;
+  return (const Saved *)bsearch(&wanted, st->tensor, st->n, sizeof(Saved), by_name);
 }
 
 static double half_to_double(unsigned bits) {   // IEEE binary16
@@ -1649,7 +1654,7 @@ static real *safetensors_read(const Safetensors *st, const Saved *s) {
       memcpy(&h, raw + 2*i, 2), numbers[i] = (real)half_to_double(h);
     else if (!strcmp(s->dtype, "BF16"))                   // the upper half of a float
       memcpy(&h, raw + 2*i, 2), w = (uint32_t)h << 16, memcpy(&f, &w, 4), numbers[i] = (real)f;
-    else die("%s: %.*s is %s, expected F32, F64, F16 or BF16", st->path, name, s->name.at, s->dtype);
+    else die("%s: %.*s is %s, not F32, F64, F16 or BF16", st->path, name, s->name.at, s->dtype);
   }
   free(raw);
   return numbers;
@@ -1911,7 +1916,8 @@ static long tokens_of(const Arm *arm) {
 static void read_stats(Arm *arm, long first, double took) {
   Stats kept[N_STATS - KEPT];
   copy_out(kept, arm->model.stats + KEPT, sizeof kept);
-  long n = arm->updates - first, per_update = (long)arm->accumulate * opt.batch_size * opt.block_size;
+  long n = arm->updates - first;
+  long per_update = (long)arm->accumulate * opt.batch_size * opt.block_size;   // tokens
   for (long u = first; u < arm->updates; u++) {
     Stats *s = &kept[u % (N_STATS - KEPT)];
     arm->loss = s->loss / per_update;
@@ -1941,9 +1947,9 @@ static int utf8_length(const unsigned char *p, long n) {
   return length > n ? 0 : length;
 }
 
-// Prints bytes as text: whole characters; U+FFFD for what is none, and for control characters, which
-// could do anything to a terminal. Returns how many bytes were printed: a character that is cut at
-// the end is left for the next call, unless this is the last.
+// Prints bytes as text: whole characters; U+FFFD for what is none, and for control characters,
+// which could do anything to a terminal. Returns how many bytes were printed: a character that is
+// cut at the end is left for the next call, unless this is the last.
 static long print_text(const unsigned char *p, long n, int last) {
   long i = 0;
   while (i < n) {
@@ -1963,7 +1969,7 @@ static void forward_only(void *argument) {
   forward(f->model, f->B, f->T);
 }
 
-// A few lines that the model writes, from a line break on: each byte drawn from softmax(logits/0.8).
+// A few lines that the model writes after a line break: bytes drawn from softmax(logits / 0.8).
 // The whole context is computed again for each byte; generate.c does better.
 static void print_sample(Model *m, long seed) {
   unsigned char text[512] = "\n";
@@ -2020,8 +2026,9 @@ static double median_step(int arm) {   // seconds of an update; NaN if there was
   return median;
 }
 
-static const char LOG_HEAD[] = "arm,update,tokens,train_loss,train_accuracy,grad_norm,learning_rate,"
-                               "val_loss,val_accuracy,step_seconds,seconds\n";
+static const char LOG_HEAD[] =
+  "arm,update,tokens,train_loss,train_accuracy,grad_norm,learning_rate,val_loss,val_accuracy,"
+  "step_seconds,seconds\n";
 
 static void write_log(void) {
   String s = {NULL, 0, 0};
@@ -2332,8 +2339,8 @@ static void show(const Arm *arm) {
 static void print_compare_head(void) {
   printf("\n%10s | single-step: an update per micro-batch      | multi-step: an update per %d\n"
          "%10s | %7s %7s %7s %5s %7s %5s | %7s %7s %7s %5s %7s %5s\n", "", opt.compare, "tokens",
-         "updates", "train", "val", "acc", "|grad|", "s", "updates", "train", "val", "acc", "|grad|",
-         "s");
+         "updates", "train", "val", "acc", "|grad|", "s",
+         "updates", "train", "val", "acc", "|grad|", "s");
 }
 
 static void print_compare_row(void) {
@@ -2698,7 +2705,8 @@ static void read_options(const Safetensors *st) {
     if (!o->saved || !metadata_value(st, o->name, value)) continue;
     int whole = *(int *)o->value;
     const char *words = o->kind == TEXT ? *(const char **)o->value : "";
-    if (o->given && o->saved == 2 && (o->kind == TEXT ? strcmp(words, value) : whole != atoi(value)))
+    int same = o->kind == TEXT ? !strcmp(words, value) : whole == atoi(value);
+    if (o->given && o->saved == 2 && !same)
       die("--resume with --%s %.0d%s, but %s has %s: leave the option out, or start anew without "
           "--resume", o->name, o->kind == TEXT ? 0 : whole, words, st->path, value);
     if (!o->given) set_option(o, o->kind == TEXT ? strdup(value) : value);
@@ -2723,13 +2731,14 @@ static void use_config(Config c, const char *folder) {   // its sizes, unless ot
 static void check_options(void) {
   int known = 0;
   for (int i = 0; i < N_OPTIMIZERS; i++) known |= !strcmp(opt.optimizer, OPTIMIZER[i]);
-  if (!known) die("--optimizer %s: expected sgd, momentum, adagrad, adadelta, rmsprop, adam or adamw",
-                  opt.optimizer);
+  if (!known)
+    die("--optimizer %s: expected sgd, momentum, adagrad, adadelta, rmsprop, adam or adamw",
+        opt.optimizer);
   if (opt.n_embd % opt.n_head)
     die("--n_embd %d is not divisible by --n_head %d: each head needs as many channels", opt.n_embd,
         opt.n_head);
   if (opt.compare && (opt.resume || opt.accumulate > 1))
-    die("--compare sets its own accumulation and is not resumed: leave out --accumulate and --resume");
+    die("--compare accumulates by itself and is not resumed: leave out --accumulate and --resume");
   if (opt.compare && opt.max_steps < opt.compare)
     die("--compare %d needs at least that many --max_steps, not %d", opt.compare, opt.max_steps);
   if (opt.compare && !opt.eval_interval)
@@ -2778,9 +2787,11 @@ int main(int argc, char **argv) {
   if (opt.eval) {
     Config config = read_config(opt.out);
     int given = 0;
-    for (Option *o = train_options; o->name; o++) given |= o->given && !strcmp(o->name, "block_size");
+    for (Option *o = train_options; o->name; o++)
+      given |= o->given && !strcmp(o->name, "block_size");
     if (given && opt.block_size > config.block_size)
-      die("--block_size %d, but the model in %s has %d", opt.block_size, opt.out, config.block_size);
+      die("--block_size %d, but the model in %s has %d", opt.block_size, opt.out,
+          config.block_size);
     return finish(evaluate_text(config, given ? opt.block_size : config.block_size));
   }
   if (opt.init) use_config(read_config(opt.init), opt.init);

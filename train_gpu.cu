@@ -252,11 +252,11 @@ static __device__ __forceinline__ real warp_sum(real x) {
   return x;
 }
 
-// The sum over a block, for every thread, in double: a row of V, or a tensor, is long.
+// The sum over a block, for every thread, in double: a row of V, or a tensor, is long. A kernel may
+// call it once: nothing keeps a second call from writing `part` while the first is still read.
 static __device__ double block_sum(double x) {
   __shared__ double part[WARPS];
   for (int i = 16; i > 0; i /= 2) x += __shfl_xor_sync(ALL_LANES, x, i);
-  __syncthreads();                       // the last sum's parts have been read
   if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = x;
   __syncthreads();                       // the parts are written
   double sum = 0;
@@ -519,7 +519,8 @@ static void matmul(real *c, long c_row, Matrix a, Matrix b, int M, int N, int K,
   else if (use_tf32) matmul_small_tf32<<<grid, side*side, 0, stream>>>(p);
   else matmul_small<<<grid, side*side, 0, stream>>>(p);
   if (slices > 1)
-    add_slices<<<blocks((long)M*N, THREADS), THREADS, 0, stream>>>(c, c_row, scratch, M, N, slices, add, bias);
+    add_slices<<<blocks((long)M*N, THREADS), THREADS, 0, stream>>>(
+        c, c_row, scratch, M, N, slices, add, bias);
 }
 
 // The device's own exponential: exact to 2 units in the last place, and infinity when it should be.
@@ -561,7 +562,8 @@ static __global__ void embedding_forward_kernel(real *out, const int *token, con
 
 static void embedding_forward(Tensor out, const int *token, Tensor wte, Tensor wpe,
                               int B, int T, int C) {
-  embedding_forward_kernel<<<blocks(B*T, WARPS), THREADS, 0, stream>>>(out.data, token, wte.data, wpe.data, B*T, T, C);
+  embedding_forward_kernel<<<blocks(B*T, WARPS), THREADS, 0, stream>>>(
+      out.data, token, wte.data, wpe.data, B*T, T, C);
   lap("embedding_forward", 0, 3.0*B*T*C * sizeof(real));
 }
 
@@ -608,7 +610,8 @@ static void embedding_backward(Tensor out, const int *token, Tensor wte, Tensor 
                                int B, int T, int C) {
   dim3 grid(B*T, blocks(C, THREADS));
   embedding_backward_word<<<grid, THREADS, 0, stream>>>(wte.grad, token, out.grad, B*T, C);
-  embedding_backward_position<<<blocks((long)T*C, THREADS), THREADS, 0, stream>>>(wpe.grad, out.grad, B, T, C);
+  embedding_backward_position<<<blocks((long)T*C, THREADS), THREADS, 0, stream>>>(
+      wpe.grad, out.grad, B, T, C);
   lap("embedding_backward", 0, 5.0*B*T*C * sizeof(real));
 }
 
@@ -630,7 +633,8 @@ static __global__ void layernorm_forward_kernel(real *out, real *stats, const re
 }
 
 static void layernorm_forward(Tensor out, Tensor stats, Tensor x, Affine p, int N, int C) {
-  layernorm_forward_kernel<<<blocks(N, WARPS), THREADS, 0, stream>>>(out.data, stats.data, x.data, p.weight.data, p.bias.data, N, C);
+  layernorm_forward_kernel<<<blocks(N, WARPS), THREADS, 0, stream>>>(
+      out.data, stats.data, x.data, p.weight.data, p.bias.data, N, C);
   lap("layernorm_forward", 0, 2.0*N*C * sizeof(real));
 }
 
@@ -688,9 +692,11 @@ static void layernorm_backward(Tensor out, Tensor stats, Tensor x, Affine p, int
   int slices = slices_of(N);
   real *dw = scratch, *db = scratch + (long)slices*C;
   dim3 grid(blocks(C, 32), slices);
-  layernorm_backward_x<<<blocks(N, WARPS), THREADS, 0, stream>>>(x.grad, out.grad, stats.data, x.data, p.weight.data, N, C);
+  layernorm_backward_x<<<blocks(N, WARPS), THREADS, 0, stream>>>(
+      x.grad, out.grad, stats.data, x.data, p.weight.data, N, C);
   layernorm_backward_wb<<<grid, THREADS, 0, stream>>>(dw, db, out.grad, stats.data, x.data, N, C);
-  add_slices<<<blocks(C, THREADS), THREADS, 0, stream>>>(p.weight.grad, C, dw, 1, C, slices, 1, NULL);
+  add_slices<<<blocks(C, THREADS), THREADS, 0, stream>>>(
+      p.weight.grad, C, dw, 1, C, slices, 1, NULL);
   add_slices<<<blocks(C, THREADS), THREADS, 0, stream>>>(p.bias.grad, C, db, 1, C, slices, 1, NULL);
   lap("layernorm_backward", 0, 6.0*N*C * sizeof(real));
 }
@@ -718,7 +724,8 @@ static void linear_backward(Tensor y, Tensor x, Affine p, int N, int C, int O) {
   int slices = slices_of(N);
   dim3 grid(blocks(O, 32), slices);
   linear_backward_b<<<grid, THREADS, 0, stream>>>(scratch, y.grad, N, O);
-  add_slices<<<blocks(O, THREADS), THREADS, 0, stream>>>(p.bias.grad, O, scratch, 1, O, slices, 1, NULL);
+  add_slices<<<blocks(O, THREADS), THREADS, 0, stream>>>(
+      p.bias.grad, O, scratch, 1, O, slices, 1, NULL);
   lap("linear_backward", 4.0*N*C*O, 0);
 }
 
@@ -865,7 +872,8 @@ attention_forward_kernel(real *out, real *lse, const real *qkv, int T, int C, in
 
 static void attention_forward(Tensor out, Tensor lse, Tensor qkv, int B, int T, int C, int H) {
   dim3 grid(B*H, blocks(T, SIDE), blocks(C/H, SIDE));
-  attention_forward_kernel<<<grid, SIDE_THREADS, 0, stream>>>(out.data, lse.data, qkv.data, T, C, H);
+  attention_forward_kernel<<<grid, SIDE_THREADS, 0, stream>>>(
+      out.data, lse.data, qkv.data, T, C, H);
   lap("attention_forward", 2.0*B*T*T*C, 0);
 }
 
@@ -943,9 +951,12 @@ static void attention_backward(Tensor out, Tensor lse, Tensor qkv, int B, int T,
   if ((long)B*H*T > n_scratch)
     die("attention of %d x %d x %d rows needs more scratch: lower --batch_size", B, H, T);
   real *expected = scratch;
-  attention_backward_expected<<<blocks((long)B*H*T, WARPS), THREADS, 0, stream>>>(expected, out.data, out.grad, B, T, C, H);
-  attention_backward_q<<<grid, SIDE_THREADS, 0, stream>>>(qkv.grad, qkv.data, out.grad, lse.data, expected, T, C, H);
-  attention_backward_kv<<<grid, SIDE_THREADS, 0, stream>>>(qkv.grad, qkv.data, out.grad, lse.data, expected, T, C, H);
+  attention_backward_expected<<<blocks((long)B*H*T, WARPS), THREADS, 0, stream>>>(
+      expected, out.data, out.grad, B, T, C, H);
+  attention_backward_q<<<grid, SIDE_THREADS, 0, stream>>>(
+      qkv.grad, qkv.data, out.grad, lse.data, expected, T, C, H);
+  attention_backward_kv<<<grid, SIDE_THREADS, 0, stream>>>(
+      qkv.grad, qkv.data, out.grad, lse.data, expected, T, C, H);
   lap("attention_backward", 5.0*B*T*T*C, 0);
 }
 
@@ -1049,7 +1060,8 @@ static __global__ void crossentropy_forward_kernel(real *loss, real *hit, real *
 
 static void crossentropy_forward(Tensor loss, Tensor hit, Tensor row_lse, Tensor logits,
                                  const int *target, int N, int V) {
-  crossentropy_forward_kernel<<<N, threads_for(V), 0, stream>>>(loss.data, hit.data, row_lse.data, logits.data, target, V);
+  crossentropy_forward_kernel<<<N, threads_for(V), 0, stream>>>(
+      loss.data, hit.data, row_lse.data, logits.data, target, V);
   lap("crossentropy_forward", 0, 2.0*N*V * sizeof(real));
 }
 
@@ -1067,7 +1079,8 @@ static __global__ void crossentropy_backward_kernel(real *dlogits, const real *l
 static void crossentropy_backward(Tensor loss, Tensor hit, Tensor row_lse, Tensor logits,
                                   const int *target, int N, int V) {
   (void)hit;   // counted, not learned from
-  crossentropy_backward_kernel<<<N, threads_for(V), 0, stream>>>(logits.grad, logits.data, row_lse.data, loss.grad, target, V);
+  crossentropy_backward_kernel<<<N, threads_for(V), 0, stream>>>(
+      logits.grad, logits.data, row_lse.data, loss.grad, target, V);
   lap("crossentropy_backward", 0, 2.0*N*V * sizeof(real));
 }
 
@@ -1086,7 +1099,8 @@ static __global__ void squared_error_forward_kernel(real *loss, const real *y, c
 }
 
 static void squared_error_forward(Tensor loss, Tensor y, const real *target, int N, int O) {
-  squared_error_forward_kernel<<<blocks(N, WARPS), THREADS, 0, stream>>>(loss.data, y.data, target, N, O);
+  squared_error_forward_kernel<<<blocks(N, WARPS), THREADS, 0, stream>>>(
+      loss.data, y.data, target, N, O);
   lap("squared_error_forward", 0, 2.0*N*O * sizeof(real));
 }
 
@@ -1099,7 +1113,8 @@ static __global__ void squared_error_backward_kernel(real *dy, const real *y, co
 }
 
 static void squared_error_backward(Tensor loss, Tensor y, const real *target, int N, int O) {
-  squared_error_backward_kernel<<<blocks(N, WARPS), THREADS, 0, stream>>>(y.grad, y.data, target, loss.grad, N, O);
+  squared_error_backward_kernel<<<blocks(N, WARPS), THREADS, 0, stream>>>(
+      y.grad, y.data, target, loss.grad, N, O);
   lap("squared_error_backward", 0, 3.0*N*O * sizeof(real));
 }
 
@@ -1172,6 +1187,7 @@ static __global__ void optimizer_update_kernel(real *w, const real *grad, real *
 }
 
 static void optimizer_update(Tensor w, real *m, real *v, long n, Update u, const Stats *stats) {
-  optimizer_update_kernel<<<blocks_of_fours(n), THREADS, 0, stream>>>(w.data, w.grad, m, v, n, u, stats);
+  optimizer_update_kernel<<<blocks_of_fours(n), THREADS, 0, stream>>>(
+      w.data, w.grad, m, v, n, u, stats);
   lap("optimizer_update", 0, 7.0*n * sizeof(real));
 }

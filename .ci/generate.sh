@@ -104,9 +104,9 @@ score_is_eval() {   # one window: 17 bytes
 }
 check "--score is the loss of train --eval" score_is_eval
 score_is_compare() {   # ROW OPTION: text and loss of one of both, also after the window has slid
-  go --prompt O --compare --beam 5 --tokens 50 >table || return 1
+  go --prompt x --compare --beam 5 --tokens 50 >table || return 1
   loss=$(sed -n "s/^$1  *[0-9][0-9.]*  *\([0-9.]*\).*/\1/p" table)
-  text=$(go --prompt O --tokens 50 $2; echo .); text=${text%??}
+  text=$(go --prompt x --tokens 50 $2; echo .); text=${text%??}
   scored=$(go --score "$text" | sed -n 's/^loss //p')
   awk -v a="$loss" -v b="$scored" 'BEGIN { d = a - b; exit !(a > 0 && d*d < 1e-8) }' || {
     echo "--compare: $loss, --score: $scored"; return 1; }
@@ -173,6 +173,15 @@ large_vocabulary() {
 }
 check "a vocabulary of 1000: only bytes are written" large_vocabulary
 
+not_finite() {   # the last number becomes NaN
+  rm -rf bad; cp -r run bad
+  printf '\377\377\377\177' | dd of=bad/model.safetensors bs=1 conv=notrunc 2>/dev/null \
+    seek=$(($(wc -c <run/model.safetensors) - 4))
+  refuses "not finite" "$generate" bad && refuses "not finite" "$generate" bad --beam 2 &&
+  refuses "not finite" "$generate" bad --score text
+}
+check "numbers that are none" not_finite
+
 # ---- Damaged folders, under sanitizers: opened, or refused in a line; no crash, no hang
 
 if [ "${SANITIZE:-yes}" = yes ]; then
@@ -218,7 +227,8 @@ if [ "${SANITIZE:-yes}" = yes ]; then
     check "sanitizers: as it is" "$asan" run --tokens 40 --threads 2 --prompt "从前" --explain
     check "sanitizers: --compare" "$asan" run --tokens 40 --threads 2 --compare
     check "sanitizers: --samples" "$asan" run --tokens 40 --threads 2 --samples 17
-    check "sanitizers: --attention, --score" "$asan" run --attention b.svg --score "Once there was a fox"
+    check "sanitizers: --attention, --score" "$asan" run --attention b.svg --score "Once a fox was"
+    check "sanitizers: a vocabulary of 1000" "$asan" many --tokens 40 --explain
     check "40 truncated model.safetensors" fuzz truncated 40
     check "150 damaged headers" fuzz header 150
     check "80 damaged files of numbers" fuzz numbers 80
