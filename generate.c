@@ -38,7 +38,7 @@ typedef struct {
   int *cell;               // [most][T]: the row of the cache that has the token at position t
   real *cache;             // [L][most][T][2C]: key and value of each token of the window
   real *att;               // [most][H][T], scratch of attention_step()
-  unsigned char *old_text; // advance() copies from these when rows change places
+  unsigned char *old_text; // reorder() copies from these when rows change places
   int *old_cell;
 } Writer;
 
@@ -98,7 +98,7 @@ static void columns_step(real *y, const real *x, const real *w, const real *bias
   for (int n = 0; n < N; n++) memcpy(y + (long)n*O + from, bias + from, (to - from) * sizeof(real));
   for (int c = 0; c < C; c += 4) {
     const real *row[4];
-    real x4[FEW][4];
+    real x4[FEW][4];                              // x[n,c..c+3]; what is not there counts as 0
     for (int i = 0; i < 4; i++) row[i] = w + (long)MIN(c + i, C - 1) * O;
     for (int n = 0; n < N; n++)
       for (int i = 0; i < 4; i++) x4[n][i] = c + i < C ? x[(long)n*C + c + i] : 0;
@@ -338,8 +338,9 @@ static int best_ways(Way *best, int most, const Writer *w, const double *score) 
     double max = max_of(logits, V), sum = 0;
     for (int v = 0; v < V; v++) sum += exp(logits[v] - max);
     check_finite(sum);
+    double lse = max + log(sum);
     for (int v = 0; v < choices(V); v++) {
-      Way way = {score[row] + logits[v] - max - log(sum), row, v};
+      Way way = {score[row] + logits[v] - lse, row, v};
       if (kept == most && way.score <= best[most - 1].score) continue;   // equal ones: the first
       int i = kept < most ? kept++ : most - 1;
       for (; i > 0 && way.score > best[i - 1].score; i--) best[i] = best[i - 1];
@@ -518,7 +519,7 @@ static long settled(Writer *w, long n, int beam) {
   return n;
 }
 
-typedef struct { double score, seconds; } Written;   // log p of a beam's best; time of all steps
+typedef struct { double score, seconds; } Written;   // log p of a beam's best; all steps' time
 
 // Goes on from the prompt by gen.tokens bytes: rows drawn with s, or one searched for with a beam.
 // With `stream`, row 0 is printed as it is made.
@@ -549,9 +550,10 @@ static void explain_row(Writer *w, const unsigned char *text) {
   text_loss(w, text, prompt.n, prompt.n + gen.tokens, 1);
 }
 
-static void print_speed(int rows, double seconds_) {
-  if (gen.tokens) fprintf(stderr, "%d bytes, %.0f tokens/s, threads %d\n", rows * gen.tokens,
-          rows * gen.tokens / seconds_, n_threads);
+static void print_speed(int rows, double took) {
+  double bytes = (double)rows * gen.tokens;
+  if (bytes)
+    fprintf(stderr, "%.0f bytes, %.0f tokens/s, threads %d\n", bytes, bytes / took, n_threads);
 }
 
 static void write_samples(Writer *w) {
@@ -614,7 +616,8 @@ static void print_parting(Writer *w, const unsigned char *a, const unsigned char
   if (i == end) { printf("They wrote the same text.\n"); return; }
   double p = exp(-text_loss(w, a, i, i + 1, 0)), q = exp(-text_loss(w, b, i, i + 1, 0));
   printf("They part after %ld byte%s: greedy took %s (%.1f %%), beam search %s (%.1f %%).\n",
-         i - prompt.n, i - prompt.n == 1 ? "" : "s", readable(x, a[i]), 100 * p, readable(y, b[i]), 100 * q);
+         i - prompt.n, i - prompt.n == 1 ? "" : "s", readable(x, a[i]), 100 * p,
+         readable(y, b[i]), 100 * q);
 }
 
 static void compare(Writer *w) {

@@ -1149,7 +1149,7 @@ static void gradient_norm(Stats *stats, double *partial, const real *grad, long 
     for (int j = 0; j < LANES; j++) partial[chunk] += lane[j];
   }
   parallel_for (one, 1) {
-    stats->norm2 = one;
+    stats->norm2 = one;   // which is 0
     for (long chunk = 0; chunk < chunks(n); chunk++) stats->norm2 += partial[chunk];
   }
   lap("gradient_norm", 0, 1.0*n * sizeof(real));
@@ -1182,6 +1182,7 @@ typedef struct {
   const char *path;
   unsigned char *byte;
   long size, train_size;
+  uint64_t hash;           // of the bytes: a run that is resumed must have the same text
   double floor[2];         // nats per byte no model can pass, of train and validation; NaN: unknown
 } Text;
 
@@ -1228,13 +1229,15 @@ static void read_floor(Text *text) {
 }
 
 static Text text_open(const char *path, int vocab_size) {
-  Text text = {path, NULL, 0, 0, {NAN, NAN}};
+  Text text = {path, NULL, 0, 0, 0xcbf29ce484222325u, {NAN, NAN}};
   text.byte = (unsigned char *)read_file(path, &text.size);
   text.train_size = text.size / 10 * 9 + text.size % 10 * 9 / 10;
-  for (long i = 0; i < text.size; i++)
+  for (long i = 0; i < text.size; i++) {
     if (text.byte[i] >= vocab_size)
       die("%s: byte %ld is %d, but the vocabulary has %d words: --vocab_size 256 takes any text",
           path, i, text.byte[i], vocab_size);
+    text.hash = (text.hash ^ text.byte[i]) * 0x100000001b3u;   // FNV-1a
+  }
   read_floor(&text);
   return text;
 }
@@ -1703,6 +1706,9 @@ static Config read_config(const char *folder) {
         *wanted[i].value = (int)value;
         found = 1;
       }
+    double epsilon = span_is(key, "layer_norm_epsilon") && json_peek(&j) ? strtod(j.at, NULL) : 1e-5;
+    if (fabs(epsilon - 1e-5) > 1e-9)
+      die("%s: layer_norm_epsilon is %g, this program has 1e-5 only", path, epsilon);
     if (span_is(key, "activation_function") && json_peek(&j) == '"') {
       Span name = json_string(&j);
       if (!span_is(name, "gelu_new"))
@@ -2182,10 +2188,13 @@ static void write_plot(void) {
 // A string of JSON: quotes, backslashes and control characters escaped.
 static void append_json(String *s, const char *text) {
   append(s, "\"");
-  for (; *text; text++)
-    if (*text == '"' || *text == '\\') append(s, "\\%c", *text);
-    else if ((unsigned char)*text < 32) append(s, "\\u%04x", *text);
-    else append(s, "%c", *text);
+  const unsigned char *p = (const unsigned char *)text, *end = p + strlen(text);
+  while (p < end) {                                // what is not UTF-8 is escaped, byte by byte
+    int length = utf8_length(p, end - p);
+    if (*p == '"' || *p == '\\') append(s, "\\%c", *p++);
+    else if (*p < 32 || length < 1) append(s, "\\u%04x", *p++);
+    else append(s, "%.*s", length, p), p += length;
+  }
   append(s, "\"");
 }
 
@@ -2204,8 +2213,8 @@ static void save(Arm *arm) {
     die("step %ld: a weight became inf or nan: the last good checkpoint is kept; lower "
         "--learning_rate", arm->updates);
   String s = {NULL, 0, 0};
-  append(&s, "{\"format\":\"pt\",\"step\":\"%ld\",\"text_bytes\":\"%ld\",\"val\":\"%a %a\"",
-         arm->updates, run.text.size, arm->val.loss, arm->val.accuracy);
+  append(&s, "{\"format\":\"pt\",\"step\":\"%ld\",\"text_hash\":\"%016llx\",\"val\":\"%a %a\"",
+         arm->updates, (unsigned long long)run.text.hash, arm->val.loss, arm->val.accuracy);
   append_options(&s);
   append(&s, "}");
   save_model(&arm->model, opt.out, s.at);
@@ -2235,15 +2244,15 @@ static int metadata_value(const Safetensors *st, const char *key, char *value) {
 }
 
 static void resume(Arm *arm, const Safetensors *st) {
-  char step[4096], bytes[4096], val[4096];
-  if (!metadata_value(st, "step", step) || !metadata_value(st, "text_bytes", bytes) ||
+  char step[4096], hash[4096], val[4096];
+  if (!metadata_value(st, "step", step) || !metadata_value(st, "text_hash", hash) ||
       !metadata_value(st, "val", val) ||
       sscanf(val, "%la %la", &arm->val.loss, &arm->val.accuracy) != 2)
     die("%s is not a saved state of this program", st->path);
-  if (atol(bytes) != run.text.size)
-    die("%s was saved in training on a text of %s bytes, %s has %ld: give the same text, or start "
-        "anew from the weights with --init %s --out another", st->path, bytes, run.text.path,
-        run.text.size, opt.out);
+  if (strtoull(hash, NULL, 16) != run.text.hash)
+    die("%s was saved in training on another text than %s, or that has changed: give the same one, "
+        "or start anew from the weights with --init %s --out another", st->path, run.text.path,
+        opt.out);
   char *end;
   arm->updates = strtol(step, &end, 10);
   if (end == step || *end || arm->updates < 0 || arm->updates >= 1000000000)
@@ -2313,11 +2322,15 @@ static double seconds_left(void) {
 
 static void print_progress(const Arm *arm, const char *end) {
   char left[32];
-  double rate = arm->seconds > 0 ? tokens_of(arm) / arm->seconds : 0;
-  time_text(left, seconds_left());
-  printf("step %*ld/%d | train %.4f | val %.4f | %.0f tokens/s | %s left%s",
-         (int)snprintf(NULL, 0, "%d", opt.max_steps), arm->updates, opt.max_steps, arm->loss,
-         arm->val.loss, rate, left, end);
+  int digits = snprintf(NULL, 0, "%d", opt.max_steps);
+  printf("step %*ld/%d | ", digits, arm->updates, opt.max_steps);
+  if (arm->updates) printf("train %.4f | ", arm->loss);
+  if (isfinite(arm->val.loss)) printf("val %.4f", arm->val.loss);
+  if (arm->seconds > 0) {
+    time_text(left, seconds_left());
+    printf(" | %.0f tokens/s | %s left", tokens_of(arm) / arm->seconds, left);
+  }
+  printf("%s", end);
   fflush(stdout);
 }
 
@@ -2463,7 +2476,7 @@ static void train_arm(Arm *arm, int evaluation_follows) {
     if (arm->updates - arm->looked_at >= STEPS_AHEAD || last || interrupted) {
       read_stats(arm, arm->looked_at, seconds() - arm->since);
       arm->looked_at = arm->updates;
-      show(arm);
+      if (run.on_terminal || !evaluation_follows || k < run.round_size) show(arm);
     }
     if (run.arms == 2 && arm == run.arm && arm->updates == run.rounds)
       arm->val_at_equal_updates = evaluate_arm(arm);
@@ -2495,7 +2508,7 @@ static int train(Safetensors *state) {
     for (int i = 0; i < run.arms; i++)
       train_arm(&run.arm[i], round + 1 == run.rounds || (every && (round + 1) % every == 0));
   }
-  if (run.arms == 1 && (interrupted || !opt.eval_interval)) save(&run.arm[0]);
+  if (run.arms == 1 && (interrupted || !opt.eval_interval || !opt.max_steps)) save(&run.arm[0]);
   if (interrupted || !opt.eval_interval) write_log(), write_plot();
   if (interrupted) {
     printf("\nstopped after step %ld%s\n", run.arm[0].updates,

@@ -1,5 +1,5 @@
-// train_gpu.cu is train.c for NVIDIA GPUs: its rooms 2, 3 and 6 as CUDA kernels, with no library but
-// the CUDA runtime. The rest, from the model to main(), is train.c itself, included below.
+// train_gpu.cu is train.c for NVIDIA GPUs: its rooms 2, 3 and 6 as CUDA kernels, with no library
+// but the CUDA runtime. The rest, from the model to main(), is train.c itself, included below.
 //
 // Read it beside train.c: a function here has the name, the arguments, the equations and the place
 // it has there, and its kernels stand directly above it. What a loop is there, is a launch here:
@@ -407,9 +407,9 @@ static __device__ __forceinline__ void multiply(real (*sum)[8], const real *a, c
   }
 }
 
-// The same on tensor cores: the warp's 32 x 64 as 2 x 8 tiles (16,8), of which this lane has 4 each.
-// A sum does not mind in which order k comes: lane t takes k = 2t and 2t + 1 for t and t + 4, since
-// then the warp's 32 numbers of a load lie in 32 banks.
+// The same on tensor cores: the warp's 32 x 64 as 2 x 8 tiles (16,8), of which this lane has 4
+// each. A sum does not mind in which order k comes: lane t takes k = 2t and 2t + 1 for t and t + 4,
+// since then the warp's 32 numbers of a load lie in 32 banks.
 static __device__ __forceinline__ void multiply_tf32(real (*sum)[8], const real *a, const real *b,
                                                      int row, int depth) {
   int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
@@ -438,8 +438,8 @@ static __device__ __forceinline__ void finish(const Product *p, int i, int j, co
       if (e < n && j + e < p->N) c[e] = sum[e] + (p->add ? c[e] : p->bias ? p->bias[j + e] : 0);
 }
 
-// A block's tile of C, 8*side square, by side*side threads. side, depth and tf32 are constants, so that
-// each kernel below is this function with loops unrolled and one of the two ways to multiply.
+// A block's tile of C, 8*side square, by side*side threads. side, depth and tf32 are constants, so
+// that each kernel below is this function with loops unrolled and one of the two ways to multiply.
 static __device__ __forceinline__ void matmul_tile(const int side, const int depth, const int tf32,
                                                    const Product *p, real *shared) {
   const int tile = 8*side, row = tile + PAD;
@@ -503,7 +503,8 @@ static void matmul(real *c, long c_row, Matrix a, Matrix b, int M, int N, int K,
   Product p = {c, c_row, 0, a, b, M, N, K, K, add, bias};
   long big = (long)blocks(M, 8*BIG) * blocks(N, 8*BIG);
   long room = n_scratch / MAX((long)M*N, 1);
-  // Slices of at least 256: with a few times as many blocks as the GPU runs at once, all of it works
+  // Slices of at least 256: with a few times as many blocks as the GPU runs at once, all of it
+  // works
   int slices = (int)MIN(room, MIN(K / 256, (2*multiprocessors + big - 1) / big));
   int large = big * MAX(slices, 1) >= multiprocessors;
   if (!large) slices = (int)MIN(room, MIN(K / 256, 4*multiprocessors / ((BIG/8)*(BIG/8)*big)));
@@ -568,8 +569,9 @@ static void embedding_forward(Tensor out, const int *token, Tensor wte, Tensor w
 }
 
 // dwte[v,c] += sum over the n that hold token v of dout[n,c]. Two rows may hold the same token, so
-// rows cannot all add at once: the first row that holds a token adds for all that hold it, in order.
-// A block is a row n, and each thread owns a channel c (consecutive, and so are the loads of a row).
+// rows cannot all add at once: the first row that holds a token adds for all that hold it, in
+// order. A block is a row n, and each thread owns a channel c (consecutive, and so are the loads of
+// a row).
 static __global__ void embedding_backward_word(real *dwte, const int *token, const real *dout, int N,
                                                int C) {
   __shared__ int list[THREADS];
@@ -655,10 +657,11 @@ static __global__ void layernorm_backward_x(real *dx, const real *dout, const re
     dx[n*C + c] += rstd * (dout[n*C + c] * w[c] - avg_g - (x[n*C + c] - mean) * rstd * avg_g_xhat);
 }
 
-// Sums of columns, for the gradients of biases and of layernorm's weights. A block takes 32 columns,
-// a lane each, so that a warp reads 32 neighbours; its warps, and the blocks that share the columns,
-// take turns with the rows: row n belongs to number n % (WARPS * blocks). The sums of a block's
-// warps meet in shared memory, those of the blocks in scratch, where add_slices() adds them.
+// Sums of columns, for the gradients of biases and of layernorm's weights. A block takes 32
+// columns, a lane each, so that a warp reads 32 neighbours; its warps, and the blocks that share
+// the columns, take turns with the rows: row n belongs to number n % (WARPS * blocks). The sums of
+// a block's warps meet in shared memory, those of the blocks in scratch, where add_slices() adds
+// them.
 enum { COLUMN_SLICES = 32 };
 static int slices_of(int N) { return MIN(COLUMN_SLICES, blocks(N, 4*WARPS)); }
 
@@ -877,7 +880,8 @@ static void attention_forward(Tensor out, Tensor lse, Tensor qkv, int B, int T, 
   lap("attention_forward", 2.0*B*T*T*C, 0);
 }
 
-// datt[t,s] = dout[t].v[s]; dz[t,s] = att[t,s] (datt[t,s] - expected[t]), expected[t] = dout[t].out[t]
+// datt[t,s] = dout[t].v[s]; dz[t,s] = att[t,s] (datt[t,s] - expected[t]), expected[t] =
+// dout[t].out[t]
 static __global__ void attention_backward_expected(real *expected, const real *out, const real *dout,
                                                    int B, int T, int C, int H) {
   long i = ROW_OF_WARP;                  // (b H + h) T + t

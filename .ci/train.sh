@@ -129,7 +129,8 @@ twice() {
   go --out twice --max_steps 20 --eval_interval 10 && cp -r twice before || return 1
   go --out twice --resume && go --out twice --resume && same twice before || return 1
   go --out twice --resume --max_steps 40 >log || return 1
-  head -22 twice/log.csv | cut -d, -f1-6 >rows; cut -d, -f1-6 before/log.csv | cmp - rows || return 1
+  head -22 twice/log.csv | cut -d, -f1-6 >rows
+  cut -d, -f1-6 before/log.csv | cmp - rows || return 1
   tail -1 log | grep '^step 40 ' && [ "$(wc -l <twice/log.csv)" = 42 ]
 }
 check "--resume of a finished run changes nothing; with more --max_steps it goes on" twice
