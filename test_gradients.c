@@ -2273,6 +2273,11 @@ int main(int argc, char **argv) {
     return failed > 0;
   }
   check_layers(names, n);
+  if (!MOVE_EACH) {                      // the search for races: each kernel has run, now some updates
+    printf("%016llx\n", (unsigned long long)training_bits());
+    print_summary(started);
+    return failed > 0;
+  }
   if (!n) check_model();
   if (failed) printf("\nWhat follows is left out: it stands on gradients, and some are wrong.\n");
   else if (!n) {

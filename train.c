@@ -1706,7 +1706,8 @@ static Config read_config(const char *folder) {
         *wanted[i].value = (int)value;
         found = 1;
       }
-    double epsilon = span_is(key, "layer_norm_epsilon") && json_peek(&j) ? strtod(j.at, NULL) : 1e-5;
+    json_peek(&j);
+    double epsilon = span_is(key, "layer_norm_epsilon") ? strtod(j.at, NULL) : 1e-5;
     if (fabs(epsilon - 1e-5) > 1e-9)
       die("%s: layer_norm_epsilon is %g, this program has 1e-5 only", path, epsilon);
     if (span_is(key, "activation_function") && json_peek(&j) == '"') {

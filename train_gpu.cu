@@ -12,7 +12,7 @@
 // A GPU runs thousands of threads; 32 of them, a warp, step together. Three rules follow:
 //   - Consecutive lanes take consecutive addresses ("coalesced"). Memory moves 32 bytes at a time
 //     and a warp's load takes as many moves as it touches; so the fastest index is the lane.
-//   - What many threads of a block need, one of them fetches into shared memory, which is as near as
+//   - What many threads of a block need, one of them fetches into shared memory, as near as
 //     a cache. __syncthreads() makes all wait for all: between writing there and another's reading,
 //     and between reading and writing the next thing. Each one here says which it is.
 //   - No atomics on floats: blocks finish in any order, and a sum in any order has any rounding. A
@@ -72,7 +72,7 @@ static const char *device_start(int threads) {
   if (error != cudaSuccess || devices == 0)
     die("no CUDA device (the driver says: %s): ./train does the same on the CPU",
         error != cudaSuccess ? cudaGetErrorString(error) : "none is visible");
-  CHECK(cudaSetDevice(0));               // CUDA's first is the fastest; CUDA_VISIBLE_DEVICES chooses
+  CHECK(cudaSetDevice(0));               // the fastest, if CUDA_VISIBLE_DEVICES says no other
   cudaDeviceProp gpu;
   CHECK(cudaGetDeviceProperties(&gpu, 0));
   cudaFuncAttributes attributes;         // of any kernel: is there code in here for this GPU?
@@ -101,7 +101,7 @@ static void device_precision(const char *name) {
   use_tf32 = strcmp(name, "tf32") == 0;
   if (!use_tf32 && strcmp(name, "fp32") != 0) die("--precision is %s: fp32 or tf32", name);
   if (use_tf32 && compute_capability < 80)
-    die("--precision tf32 needs tensor cores of compute capability 8.0, this GPU has %d.%d: use fp32",
+    die("--precision tf32 needs compute capability 8.0, this GPU has %d.%d: use fp32",
         compute_capability / 10, compute_capability % 10);
 }
 
@@ -226,7 +226,7 @@ static int blocks(long n, long each) { return (int)((n + each - 1) / each); }
 // Four neighbours in memory: the 16 bytes that one instruction moves at most.
 typedef struct __align__(16) { real at[4]; } Four;
 
-static __device__ __forceinline__ int whole(const real *x, long n) {   // is there all of a Four at x?
+static __device__ __forceinline__ int whole(const real *x, long n) {   // is it a Four?
   return n >= 4 && (uintptr_t)x % 16 == 0;
 }
 
@@ -281,8 +281,8 @@ static __device__ real block_max(real x) {
 //   2. A block owns a tile of C, 128 x 128. It walks along K in steps of a few k: all its threads
 //      bring that much of A's rows and B's columns into shared memory, once, for all of them. So a
 //      number from device memory serves 128 multiply-adds.
-//   3. A warp owns 32 x 64 of the tile and a thread 8 x 8, in registers: of shared memory it loads 8
-//      + 8 numbers, in four 16-byte loads, for 64 multiply-adds. Lanes are 4 x 8, so that a load's
+//   3. A warp owns 32 x 64 of the tile and a thread 8 x 8, in registers: of shared memory it loads
+//      8 + 8 numbers, in four 16-byte loads, for 64 multiply-adds. Lanes are 4 x 8, so a load's
 //      addresses are few (64 or 128 bytes in a row) and lie in different banks.
 //   4. While it multiplies one step the next is already on its way from memory to registers, then
 //      goes to a second pair of buffers: so one barrier a step is enough.
@@ -291,7 +291,7 @@ static __device__ real block_max(real x) {
 // On tensor cores (tf32) step 3 differs: a warp multiplies 16 x 8 x 8 in one instruction.
 enum {
   BIG = WARPS == 8 ? 16 : 8,             // a tile is 8*side square, its block side*side threads
-  DEPTH = 8,                             // of a step; deeper for tensor cores, which are done sooner
+  DEPTH = 8,                             // of a step; more for tensor cores, done sooner
   DEEP = sizeof(real) == sizeof(float) ? BIG : 8,
   MOST_FOURS = 2,                            // Fours that a thread brings of each operand, at most
   PAD = 4                                // a row in shared memory has 4 numbers more than the tile:
@@ -426,7 +426,8 @@ static __device__ __forceinline__ void multiply_tf32(real (*sum)[8], const real 
 }
 
 // c[i, j..j+n-1] = sum + bias, or += sum; n is 2 or 4, and what lies outside of C is left out.
-static __device__ __forceinline__ void finish(const Product *p, int i, int j, const real *sum, int n) {
+static __device__ __forceinline__ void finish(const Product *p, int i, int j, const real *sum,
+                                              int n) {
   real *c = p->c + blockIdx.z*p->c_slice + i*p->c_row + j;
   if (i >= p->M) return;
   if (n == 4 && whole(c, p->N - j)) {
@@ -453,7 +454,7 @@ static __device__ __forceinline__ void matmul_tile(const int side, const int dep
   fetch(b_next, side, depth, b_lines, p->N, end, j, begin);
   for (int k = begin; k < end; k += depth, now = !now) {
     real *a_now = a + now*depth*row, *b_now = b + now*depth*row;
-    put(a_now, a_next, side, depth, p->a.column, tf32);   // these were read two steps ago, before the
+    put(a_now, a_next, side, depth, p->a.column, tf32);   // read two steps ago, before the
     put(b_now, b_next, side, depth, b_lines.column, tf32);   // barrier of the last one
     __syncthreads();                     // the step's numbers are there
     if (k + depth < end) {
@@ -572,14 +573,14 @@ static void embedding_forward(Tensor out, const int *token, Tensor wte, Tensor w
 // rows cannot all add at once: the first row that holds a token adds for all that hold it, in
 // order. A block is a row n, and each thread owns a channel c (consecutive, and so are the loads of
 // a row).
-static __global__ void embedding_backward_word(real *dwte, const int *token, const real *dout, int N,
-                                               int C) {
+static __global__ void embedding_backward_word(real *dwte, const int *token, const real *dout,
+                                               int N, int C) {
   __shared__ int list[THREADS];
   __shared__ unsigned votes[WARPS];
   int n = blockIdx.x, word = token[n], lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   int c = blockIdx.y * THREADS + threadIdx.x;
   real sum = 0;
-  for (int m0 = 0; m0 < N; m0 += THREADS) {   // which of these rows hold it? A thread looks at each,
+  for (int m0 = 0; m0 < N; m0 += THREADS) {   // who holds it? A thread looks at each row,
     int m = m0 + threadIdx.x, at = 0, count = 0;
     int same = m < N && token[m] == word;
     unsigned vote = __ballot_sync(ALL_LANES, same);   // and the answers of a warp are 32 bits
@@ -600,7 +601,8 @@ static __global__ void embedding_backward_word(real *dwte, const int *token, con
 }
 
 // dwpe[t,c] += sum_b dout[b T + t,c]
-static __global__ void embedding_backward_position(real *dwpe, const real *dout, int B, int T, int C) {
+static __global__ void embedding_backward_position(real *dwpe, const real *dout, int B, int T,
+                                                   int C) {
   long i = (long)blockIdx.x * THREADS + threadIdx.x, TC = (long)T*C;   // i = t C + c
   if (i >= TC) return;
   real sum = 0;
@@ -619,8 +621,8 @@ static void embedding_backward(Tensor out, const int *token, Tensor wte, Tensor 
 
 // layernorm: out = xhat w + b, xhat[n,c] = (x[n,c] - mean[n]) rstd[n]; mean and variance over c,
 // rstd = 1 / sqrt(variance + 1e-5). stats[n] keeps mean and rstd for backward.
-static __global__ void layernorm_forward_kernel(real *out, real *stats, const real *x, const real *w,
-                                                const real *b, int N, int C) {
+static __global__ void layernorm_forward_kernel(real *out, real *stats, const real *x,
+                                                const real *w, const real *b, int N, int C) {
   long n = ROW_OF_WARP;
   int lane = threadIdx.x % 32;
   if (n >= N) return;
@@ -766,8 +768,8 @@ static __device__ __forceinline__ void load_tile(real *tile, const real *x, long
 
 // tile[c][r] = x[r*row + c]. A warp takes 8 rows x 4 Fours: the loads are of 64 consecutive bytes,
 // and only two lanes at a time store to the same bank.
-static __device__ __forceinline__ void load_transposed(real *tile, const real *x, long row, int rows,
-                                                       int columns) {
+static __device__ __forceinline__ void load_transposed(real *tile, const real *x, long row,
+                                                       int rows, int columns) {
   for (int i = threadIdx.x; i < SIDE*SIDE/4; i += SIDE_THREADS) {
     int r = i % 8 + i / (2*SIDE) * 8, c = i / 8 % (SIDE/4) * 4;
     Four v = load_four(x + r*row + c, r < rows ? columns - c : 0);
@@ -799,8 +801,8 @@ static __device__ __forceinline__ void multiply_tiles(real (*sum)[4], const real
 
 // sum[i][j] = x[i].y[j]: rows of x and y, `row` numbers apart, of which x_rows and y_rows are there
 static __device__ __forceinline__ void dot_rows(real (*sum)[4], real *x_tile, real *y_tile,
-                                                const real *x, int x_rows, const real *y, int y_rows,
-                                                long x_row, long y_row, int D) {
+                                                const real *x, int x_rows, const real *y,
+                                                int y_rows, long x_row, long y_row, int D) {
   UNROLL for (int i = 0; i < 8; i++)
     UNROLL for (int j = 0; j < 4; j++) sum[i][j] = 0;
   for (int d = 0; d < D; d += SIDE) {
@@ -882,8 +884,8 @@ static void attention_forward(Tensor out, Tensor lse, Tensor qkv, int B, int T, 
 
 // datt[t,s] = dout[t].v[s]; dz[t,s] = att[t,s] (datt[t,s] - expected[t]), expected[t] =
 // dout[t].out[t]
-static __global__ void attention_backward_expected(real *expected, const real *out, const real *dout,
-                                                   int B, int T, int C, int H) {
+static __global__ void attention_backward_expected(real *expected, const real *out,
+                                                   const real *dout, int B, int T, int C, int H) {
   long i = ROW_OF_WARP;                  // (b H + h) T + t
   if (i >= (long)B*H*T) return;
   long at = (i/T/H*T + i%T)*C + i/T%H*(C/H);
@@ -900,7 +902,8 @@ attention_backward_q(real *dqkv, const real *qkv, const real *dout, const real *
   __shared__ __align__(16) real x_tile[SIDE*ROW], y_tile[SIDE*ROW];
   int D = C / H, bh = blockIdx.x, d0 = blockIdx.z * SIDE, i = (gridDim.y - 1 - blockIdx.y) * SIDE;
   long row = 3l*C, head = bh/H*T*row + bh%H*D;
-  const real *q = qkv + head, *k = q + C, *v = k + C, *dout_i = dout + ((long)bh/H*T + i)*C + bh%H*D;
+  const real *q = qkv + head, *k = q + C, *v = k + C;
+  const real *dout_i = dout + ((long)bh/H*T + i)*C + bh%H*D;
   real scale = 1 / sqrt_(D), z[8][4], g[8][4], dq[8][4] = {{0}}, lse_t[8], expected_t[8];
   UNROLL for (int r = 0; r < 8; r++) {
     int t = i + ROW_OF(r);
@@ -937,7 +940,8 @@ attention_backward_kv(real *dqkv, const real *qkv, const real *dout, const real 
     dot_rows(g, x_tile, y_tile, v + j*row, T - j, dout_i, T - i, row, C, D);   // datt
     UNROLL for (int c = 0; c < 4; c++) {
       int t = i + COLUMN_OF(c);
-      real lse_t = t < T ? lse[(long)bh*T + t] : 0, expected_t = t < T ? expected[(long)bh*T + t] : 0;
+      real lse_t = t < T ? lse[(long)bh*T + t] : 0;
+      real expected_t = t < T ? expected[(long)bh*T + t] : 0;
       UNROLL for (int r = 0; r < 8; r++) {
         z[r][c] = j + ROW_OF(r) <= t && t < T ? exp_(z[r][c] * scale - lse_t) : 0;   // att
         g[r][c] = z[r][c] * (g[r][c] - expected_t) * scale;

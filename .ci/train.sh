@@ -505,7 +505,7 @@ not_this_model() {   # good files that are not the model that config.json speaks
   alter 'no tensor transformer.h.0.mlp.c_fc.bias' 's/mlp.c_fc.bias/mlp.c_fd.bias/' &&
   alter 'shape .8,256., expected .256,8.' 's/\[256,8\]/[8,256]/' &&
   alter 'shape .2,4., expected' 's/\[8\]/[2,4]/' &&
-  alter 'is I32, expected F32' 's/F32/I32/'
+  alter 'is I32, not F32' 's/F32/I32/'
 }
 configs() {
   rm -rf other; mkdir other; cp run/*.safetensors other
@@ -540,7 +540,7 @@ resumes() {
   refuses 'block_size' text --out run --resume --block_size 4 &&
   refuses 'n_head' text --out run --resume --n_head 1 &&
   refuses 'optimizer' text --out run --resume --optimizer sgd &&
-  refuses 'text of 4000 bytes' last --out run --resume --block_size 8 || return 1
+  refuses 'another text' last --out run --resume --block_size 8 || return 1
   for value in -5 x '' 1e9 99999999999999999999; do
     mkdir -p other && edit run/state.safetensors other/state.safetensors \
       "s/\"step\":\"60\"/\"step\":\"$value\"/" && refuses step text --out other --resume ||
