@@ -36,8 +36,8 @@ run: train generate data/tales.txt
 	./generate --prompt "Once"
 
 # Each part ends with a line `N passed, N failed`; .ci/tally adds them up.
-test: train generate test_gradients $B/test_generate
-	@.ci/tally ./test_gradients $B/test_generate "sh .ci/generate.sh"
+test: train generate test_gradients test_gradients_gpu $B/test_generate
+	@.ci/tally ./test_gradients ./test_gradients_gpu $B/test_generate "sh .ci/generate.sh"
 
 train: train.c
 	$(CC) $(CFLAGS) -o $@ train.c $(LIBS)
