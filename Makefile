@@ -59,7 +59,7 @@ SOURCES = .
 OUT = test_gradients
 OBJECTS = $(if $(filter .,$(SOURCES)),$B,$(SOURCES))
 
-$(filter-out %_race,$(OUT)): $(OBJECTS)/double.o $(OBJECTS)/c_float.o
+$(filter-out %_race %_gpu,$(OUT)): $(OBJECTS)/double.o $(OBJECTS)/c_float.o
 	$(CC) -o $@ $^ $(LIBS)
 
 $(OBJECTS)/double.o: $(SOURCES)/test_gradients.c $(SOURCES)/train.c
@@ -95,14 +95,15 @@ $(OBJECTS)/train_gpu.h: $(SOURCES)/train_gpu.cu
 	(echo '#line 1 "train_gpu.cu"'; \
 	 sed 's/\([A-Za-z0-9_]*\)<<<\(.*\)>>>/LAUNCH(\1, \2)/' $<) >$@
 
-test_gradients_gpu: $B/gpu_double.o $B/gpu_float.o $B/c_double.o
+GPU_OUT = $(if $(filter %_gpu,$(OUT)),$(OUT),test_gradients_gpu)
+$(GPU_OUT): $(OBJECTS)/gpu_double.o $(OBJECTS)/gpu_float.o $B/c_double.o
 	$(if $(ON_GPU),$(NVCC) -arch=$(ARCH),$(CXX)) -o $@ $^ -lpthread -lm
 
-$B/gpu_double.o: test_gradients.c $B/train_gpu.h train.c
+$(OBJECTS)/gpu_double.o: $(SOURCES)/test_gradients.c $(OBJECTS)/train_gpu.h $(SOURCES)/train.c
 	$(GPUXX) $(GPUFLAGS) $(if $(ON_GPU),,-DWARPS=2) -c -o $@ $<
 
-$B/gpu_float.o: test_gradients.c $B/train_gpu.h train.c
-	$(GPUXX) '-DKERNELS="$(if $(ON_GPU),train_gpu.cu,$B/train_gpu.h)"' -DGPU -DLEND=gpu_float -DREAL=float -c -o $@ $<
+$(OBJECTS)/gpu_float.o: $(SOURCES)/test_gradients.c $(OBJECTS)/train_gpu.h $(SOURCES)/train.c
+	$(GPUXX) $(GPUFLAGS) -DLEND=gpu_float -DREAL=float -c -o $@ $<
 
 $B/c_double.o: test_gradients.c train.c
 	@mkdir -p $(@D)

@@ -35,26 +35,32 @@ typedef struct {
   long room, n;            // bytes there is memory for in each; each is so long, prompt included
   long start;              // the byte at position 0 of the window
   unsigned char *text;     // [most][room]
-  int *cell;               // [most][T]: the row of the cache that has the token at position t
   real *cache;             // [L][most][T][2C]: key and value of each token of the window
+  int *cell;               // [most][T]: in which row of the cache a text's token t is
   real *att;               // [most][H][T], scratch of attention_step()
   unsigned char *old_text; // reorder() copies from these when rows change places
   int *old_cell;
 } Writer;
 
-// Where the window lies in which byte i has its place.
+// The start of the window in which byte i has its place.
 static long window_of(long i, int T) {
-  long step = T - T/2;
-  return i < T ? 0 : (i - T) / step * step + step;
+  long half = T - T/2;                            // rounded up
+  return i < T ? 0 : ((i - T) / half + 1) * half;
 }
 
 static unsigned char *text_of(Writer *w, int row) { return w->text + row * w->room; }
-
-static real *cache_at(Writer *w, int layer, int row, long t) {
+static int *cell_of(Writer *w, int row) {
+  return w->cell + (long)row * w->model.config.block_size;
+}
+static real *logits_of(Writer *w, int row) {      // of what comes after the newest byte
+  return w->model.logits.data + (long)row * w->model.config.vocab_size;
+}
+static real *cache_at(Writer *w, int layer, int row, long t) {   // the key; the value is C further
   long T = w->model.config.block_size;
   return w->cache + (((long)layer * w->most + row) * T + t) * 2 * w->model.config.n_embd;
 }
 
+// Describes a writer of at most `most` texts of `room` bytes. As in model_plan(), takes no memory.
 static void writer_plan(Writer *w, Config config, int most, long room) {
   memset(w, 0, sizeof *w);
   w->most = most;
@@ -64,20 +70,20 @@ static void writer_plan(Writer *w, Config config, int most, long room) {
 
 static void writer_allocate(Writer *w) {
   Config c = w->model.config;
-  double rows = w->most, T = c.block_size;
-  double cache = rows * T * 2 * c.n_embd * c.n_layer * sizeof(real);
-  double needed = model_bytes(&w->model) + cache + rows * c.n_head * T * sizeof(real)
-                + 2 * rows * (w->room + T * sizeof(int));
+  size_t tokens = (size_t)w->most * c.block_size, texts = w->most * w->room;
+  size_t cells = tokens * sizeof(int), att = tokens * c.n_head * sizeof(real);
+  size_t cache = tokens * c.n_layer * 2 * c.n_embd * sizeof(real);
+  double needed = model_bytes(&w->model) + cache + att + 2.0 * (texts + cells);
   if (needed > device_memory())
     die("%d texts at once need %.1f GB, the machine has %.1f GB: lower --beam, --samples or "
         "--tokens", w->most, needed / 1e9, device_memory() / 1e9);
   model_allocate(&w->model);
-  w->cache = (real *)device_alloc((size_t)cache);
-  w->att = (real *)device_alloc(w->most * (size_t)c.n_head * c.block_size * sizeof(real));
-  w->text = (unsigned char *)device_alloc(w->most * w->room);
-  w->old_text = (unsigned char *)device_alloc(w->most * w->room);
-  w->cell = (int *)device_alloc(w->most * (size_t)c.block_size * sizeof(int));
-  w->old_cell = (int *)device_alloc(w->most * (size_t)c.block_size * sizeof(int));
+  w->cache = (real *)device_alloc(cache);
+  w->att = (real *)device_alloc(att);
+  w->text = (unsigned char *)device_alloc(texts);
+  w->old_text = (unsigned char *)device_alloc(texts);
+  w->cell = (int *)device_alloc(cells);
+  w->old_cell = (int *)device_alloc(cells);
 }
 
 static void writer_free(Writer *w) {
@@ -86,13 +92,13 @@ static void writer_free(Writer *w) {
   device_free(w->cell); device_free(w->old_cell);
 }
 
-// y[n,o] = sum_c x[n,c] w[c,o] + b[o] for the few rows of a step. Each weight is used once a row,
-// so there is nothing to pack, and reading w is all the cost: a thread takes a range of columns,
-// and walks down the rows of w four at a time, each in the order it lies in memory; what comes
-// AHEAD rows later is asked for now. Each vector that is loaded meets all rows n. The sums are in
-// y, and near: of many rows, fewer columns are taken in one walk. y[n,o] is always the same sum in
-// the same order, however many rows and threads there are.
-enum { FEW = 16, NEAR = 6144, AHEAD = 4 };   // rows in a walk; sums in a walk; rows of w
+// y[n,o] = sum_c x[n,c] w[c,o] + b[o] for N <= FEW rows of a step, and o = from..to-1. Reading w
+// is all the cost, and it is read once for all rows: so nothing is packed. The walk down w takes
+// four rows at a time, each in the order it lies in memory, and asks for the next four meanwhile;
+// each vector that is loaded meets all rows n. The sums are in y, and must stay in the innermost
+// cache: so there are at most NEAR of them in a walk. y[n,o] is always the same sum in the same
+// order, however many rows and threads there are.
+enum { FEW = 16, NEAR = 6144, AHEAD = 4 };        // NEAR floats are 24 KB; AHEAD: rows of w
 static void columns_step(real *y, const real *x, const real *w, const real *bias, int N, int C,
                          int O, int from, int to) {
   for (int n = 0; n < N; n++) memcpy(y + (long)n*O + from, bias + from, (to - from) * sizeof(real));
@@ -131,7 +137,7 @@ static void linear_step(Tensor y, Tensor x, Affine p, int N, int C, int O) {
   }
 }
 
-// logits[n,v] = sum_c x[n,c] wte[v,c]
+// logits[n,v] = sum_c x[n,c] wte[v,c]: a row of wte is read once, and meets all rows n
 static void head_step(Tensor logits, Tensor x, Tensor wte, int N, int C, int V) {
   parallel_for (v, V)
     for (int n = 0; n < N; n++)
@@ -145,7 +151,7 @@ static void attention_step(Writer *w, Tensor out, Tensor qkv, int layer, int t) 
   int T = w->model.config.block_size;
   real scale = 1 / sqrt_(D);
   parallel_for (nh, w->rows * H) {
-    int n = nh / H, column = nh % H * D, *cell = w->cell + (long)n*T;
+    int n = nh / H, column = nh % H * D, *cell = cell_of(w, n);
     const real *q = qkv.data + (long)n*3*C + column;
     real *o = out.data + (long)n*C + column, *att = w->att + nh*T;
     real *own = cache_at(w, layer, cell[t], t) + column;
@@ -167,7 +173,7 @@ static void step(void *argument) {
   Model *m = &w->model;
   int N = w->rows, C = m->config.n_embd, V = m->config.vocab_size;
   int t = (int)(w->n - 1 - w->start);
-  Tensor position = {m->wpe.data + (long)t*C, NULL}, x = m->embedding;
+  Tensor position = {m->wpe.data + (long)t*C, NULL}, x = m->embedding;   // wpe[t], for all rows
   embedding_forward(x, m->token, m->wte, position, N, 1, C);
   for (int l = 0; l < m->config.n_layer; l++) {
     Block *p = &m->block[l];
@@ -190,7 +196,7 @@ static void step(void *argument) {
 
 // forward() of n bytes from `start` on: logits and losses of all of them.
 static void whole_window(Model *m, const unsigned char *text, long start, int n) {
-  ForwardOnly f = {m, 1, n};
+  MicroBatch f = {m, 1, n, 0};
   load_windows(m, text, &start, 1, n);
   launch(forward_only, &f);
 }
@@ -198,18 +204,14 @@ static void whole_window(Model *m, const unsigned char *text, long start, int n)
 // Fills the cache of a row with its window up to the newest byte; forward() has made all of it.
 static void fill_cache(Writer *w, int row) {
   int C = w->model.config.n_embd, n = (int)(w->n - w->start);
-  if (!n) return;
+  if (!n) return;                                 // a context of one token keeps none
   whole_window(&w->model, text_of(w, row), w->start, n);
   for (int t = 0; t < n; t++) {
-    w->cell[(long)row * w->model.config.block_size + t] = row;
+    cell_of(w, row)[t] = row;
     for (int l = 0; l < w->model.config.n_layer; l++)
       memcpy(cache_at(w, l, row, t), w->model.act[l].qkv.data + (long)t*3*C + C,
              2*C * sizeof(real));
   }
-}
-
-static const real *logits_of(const Writer *w, int row) {
-  return w->model.logits.data + (long)row * w->model.config.vocab_size;
 }
 
 // Starts with `rows` copies of a prompt of one byte or more. It is computed once: all rows look at
@@ -219,28 +221,29 @@ static void start_writing(Writer *w, const unsigned char *prompt, long n, int ro
   w->n = n;
   w->start = window_of(n - 1, T);
   w->rows = rows;
-  for (int row = 0; row < rows; row++) memcpy(text_of(w, row), prompt, n);
+  memcpy(text_of(w, 0), prompt, n);
   fill_cache(w, 0);
-  for (int row = 1; row < rows; row++) memcpy(w->cell + (long)row*T, w->cell, T * sizeof(int));
-  real *logits = w->model.logits.data, *last = logits + (n - 1 - w->start)*V;
-  memmove(logits, last, V * sizeof(real));
-  for (int row = 1; row < rows; row++) memcpy(logits + (long)row*V, logits, V * sizeof(real));
+  memmove(logits_of(w, 0), w->model.logits.data + (n - 1 - w->start)*V, V * sizeof(real));
+  for (int row = 1; row < rows; row++) {
+    memcpy(text_of(w, row), prompt, n);
+    memcpy(cell_of(w, row), cell_of(w, 0), T * sizeof(int));
+    memcpy(logits_of(w, row), logits_of(w, 0), V * sizeof(real));
+  }
 }
 
 // Row i goes on from what was row parent[i]. Nothing is computed again, and no key or value moves:
 // a token's stay in the cache row of whoever wrote it, and what is copied is the note of where.
 static void reorder(Writer *w, const int *parent, int rows) {
-  int T = w->model.config.block_size, moved = rows > w->rows;
+  Writer old = *w;
+  int moved = 0;
   for (int i = 0; i < rows; i++) moved |= parent[i] != i;
   w->rows = rows;
   if (!moved) return;
-  unsigned char *text = w->text;
-  int *cell = w->cell;
-  w->text = w->old_text; w->old_text = text;
-  w->cell = w->old_cell; w->old_cell = cell;
+  w->text = old.old_text; w->old_text = old.text;
+  w->cell = old.old_cell; w->old_cell = old.cell;
   for (int i = 0; i < rows; i++) {
-    memcpy(text_of(w, i), text + parent[i] * w->room, w->n);
-    memcpy(w->cell + (long)i*T, cell + (long)parent[i]*T, T * sizeof(int));
+    memcpy(text_of(w, i), text_of(&old, parent[i]), w->n);
+    memcpy(cell_of(w, i), cell_of(&old, parent[i]), w->model.config.block_size * sizeof(int));
   }
 }
 
@@ -253,7 +256,7 @@ static void advance(Writer *w, const unsigned char *byte) {
   }
   for (int row = 0; row < w->rows; row++) {
     text_of(w, row)[w->n] = byte[row];
-    w->cell[(long)row*T + w->n - w->start] = row;
+    cell_of(w, row)[w->n - w->start] = row;
     w->model.token[row] = byte[row];
   }
   w->n++;
@@ -262,6 +265,7 @@ static void advance(Writer *w, const unsigned char *byte) {
 
 // ---- 2. The choice ----------------------------------------------------------------------------
 // Only bytes are chosen: of a larger vocabulary, the words from 256 on are left out.
+static int choices(int V) { return MIN(V, 256); }
 
 typedef struct { int byte; double p; } Choice;
 
@@ -270,16 +274,15 @@ static int by_probability(const void *a, const void *b) {   // equal ones: the s
   return x->p != y->p ? (x->p < y->p ? 1 : -1) : x->byte - y->byte;
 }
 
-static int choices(int V) { return MIN(V, 256); }
-
 static void check_finite(double x) {
   if (isfinite(x)) return;
   printf("\n");                                   // ends what was written so far
   die("the model's numbers are not finite: are its weights damaged?");
 }
 
-// p[v] = softmax(logits / temperature)[v], over n words.
-static void probabilities(Choice *choice, const real *logits, int n, double temperature) {
+// p[v] = softmax(logits / temperature)[v], over all bytes v; returns how many those are.
+static int probabilities(Choice *choice, const real *logits, int V, double temperature) {
+  int n = choices(V);
   double max = max_of(logits, n), sum = 0;
   for (int v = 0; v < n; v++) {
     choice[v].byte = v;
@@ -288,6 +291,7 @@ static void probabilities(Choice *choice, const real *logits, int n, double temp
   }
   check_finite(sum);
   for (int v = 0; v < n; v++) choice[v].p /= sum;
+  return n;
 }
 
 // Leaves the top_k likeliest (0: all), of those the fewest that add up to top_p of what was left;
@@ -316,8 +320,7 @@ typedef struct { double temperature, top_p; int top_k, seed; } Sampler;   // tem
 // many are written at once.
 static int choose(const Sampler *s, const real *logits, int V, int sample, long i) {
   Choice choice[256];
-  int n = choices(V), best = 0;
-  probabilities(choice, logits, n, s->temperature > 0 ? s->temperature : 1);
+  int n = probabilities(choice, logits, V, s->temperature > 0 ? s->temperature : 1), best = 0;
   if (s->temperature == 0) {
     for (int v = 1; v < n; v++) if (logits[v] > logits[best]) best = v;
     return best;
@@ -326,12 +329,20 @@ static int choose(const Sampler *s, const real *logits, int V, int sample, long 
   return draw(choice, n, random_uniform(random_bits(s->seed, sample), i));
 }
 
+// In each row, byte i after the prompt.
+static void draw_step(Writer *w, const Sampler *s, long i) {
+  unsigned char byte[256];
+  for (int row = 0; row < w->rows; row++)
+    byte[row] = (unsigned char)choose(s, logits_of(w, row), w->model.config.vocab_size, row, i);
+  advance(w, byte);
+}
+
 // Beam search. score[i] is log p of what row i has written so far; each row could go on with any
 // byte, and of all these ways the W with the largest score become the rows. No byte ends a text, so
 // all are equally long, and no row has to be forgiven its length here.
 typedef struct { double score; int row, byte; } Way;
 
-static int best_ways(Way *best, int most, const Writer *w, const double *score) {
+static int best_ways(Way *best, int most, Writer *w, const double *score) {
   int kept = 0, V = w->model.config.vocab_size;
   for (int row = 0; row < w->rows; row++) {
     const real *logits = logits_of(w, row);
@@ -352,7 +363,7 @@ static int best_ways(Way *best, int most, const Writer *w, const double *score) 
 
 // One step of a search for W rows; they begin as one row, since W equal ones would stay equal.
 static void beam_step(Writer *w, double *score) {
-  static Way best[256];
+  Way best[256];
   int parent[256];
   unsigned char byte[256];
   int rows = best_ways(best, w->most, w, score);
@@ -378,8 +389,7 @@ static const char *readable(char *out, int byte) {
 static void explain(const real *logits, int V, int byte) {
   Choice choice[256];
   char name[8];
-  int n = choices(V);
-  probabilities(choice, logits, n, 1);
+  int n = probabilities(choice, logits, V, 1);
   printf("%-5s %6.2f%%  |", readable(name, byte), 100 * choice[byte].p);
   qsort(choice, n, sizeof *choice, by_probability);
   for (int i = 0; i < MIN(5, n); i++) {
@@ -468,8 +478,7 @@ static void write_attention(Writer *w, const unsigned char *text, long bytes, co
   Model *m = &w->model;
   int L = m->config.n_layer, H = m->config.n_head, n = (int)MIN(bytes, MIN(MOST_SEEN, m->rows));
   int width = 2*MARGIN + H*MAP + (H - 1)*GAP, height = HEAD_ROOM + L*(MAP + 2*GAP) + GAP;
-  real *att = (real *)malloc(n*n * sizeof(real));
-  if (!att) die("no memory for %d attention weights", n*n);
+  real *att = (real *)host_alloc(NULL, n*n * sizeof(real));
   whole_window(m, text, bytes - n, n);
   text += bytes - n;
   String s = {NULL, 0, 0};
@@ -508,9 +517,10 @@ static struct {
   double temperature, top_p, length_penalty;
 } gen;   // each has the name of its option: room 6
 
-static struct { const unsigned char *byte; long n; } prompt;
+// n bytes. Without --prompt the only one is a line break, which is hidden: not printed.
+static struct { const unsigned char *byte; long n, hidden; } prompt;
 
-// How much of row 0 is settled: what all hypotheses of a search agree on.
+// How many bytes of row 0 are settled, n at least: those that all hypotheses of a search share.
 static long settled(Writer *w, long n, int beam) {
   if (!beam) return w->n;
   for (; n < w->n; n++)
@@ -525,35 +535,18 @@ typedef struct { double score, seconds; } Written;   // log p of a beam's best; 
 // With `stream`, row 0 is printed as it is made.
 static Written write_text(Writer *w, const Sampler *s, int rows, int beam, int stream) {
   double score[256] = {0}, started = seconds();
-  unsigned char byte[256];
-  long agreed = prompt.n, printed = gen.prompt ? 0 : prompt.n;   // no prompt: nothing to repeat
+  long agreed = prompt.n, printed = prompt.hidden;
   start_writing(w, prompt.byte, prompt.n, beam ? 1 : rows);
-  if (stream) printed += print_text(text_of(w, 0) + printed, prompt.n - printed, 0);
-  for (int i = 0; i < gen.tokens; i++) {
-    if (beam) beam_step(w, score);
-    else {
-      for (int row = 0; row < rows; row++)
-        byte[row] = (unsigned char)choose(s, logits_of(w, row), w->model.config.vocab_size, row, i);
-      advance(w, byte);
-    }
-    agreed = settled(w, agreed, beam);
+  for (int i = 0; ; i++) {
     if (stream) printed += print_text(text_of(w, 0) + printed, agreed - printed, 0);
+    if (i == gen.tokens) break;
+    if (beam) beam_step(w, score);
+    else draw_step(w, s, i);
+    agreed = settled(w, agreed, beam);
   }
-  if (stream) print_text(text_of(w, 0) + printed, w->n - printed, 1);
-  if (stream) printf("\n");
+  if (stream) print_text(text_of(w, 0) + printed, w->n - printed, 1), printf("\n");
   Written written = {score[0], seconds() - started};
   return written;
-}
-
-static void explain_row(Writer *w, const unsigned char *text) {
-  printf("\nbyte       p   | the five likeliest, and what was chosen <\n");
-  text_loss(w, text, prompt.n, prompt.n + gen.tokens, 1);
-}
-
-static void print_speed(int rows, double took) {
-  double bytes = (double)rows * gen.tokens;
-  if (bytes)
-    fprintf(stderr, "%.0f bytes, %.0f tokens/s, threads %d\n", bytes, bytes / took, n_threads);
 }
 
 static void write_samples(Writer *w) {
@@ -562,16 +555,21 @@ static void write_samples(Writer *w) {
   if (most > 1) printf("--- 1 of %d ---\n", most);
   Written written = write_text(w, &s, most, gen.beam, 1);
   for (int row = 1; row < most; row++) {
-    long from = gen.prompt ? 0 : prompt.n;
     printf("--- %d of %d ---\n", row + 1, most);
-    print_text(text_of(w, row) + from, w->n - from, 1);
+    print_text(text_of(w, row) + prompt.hidden, w->n - prompt.hidden, 1);
     printf("\n");
   }
-  if (gen.explain) explain_row(w, text_of(w, 0));
+  if (gen.explain) {
+    printf("\nbyte       p   | the five likeliest, and what was chosen <\n");
+    text_loss(w, text_of(w, 0), prompt.n, prompt.n + gen.tokens, 1);
+  }
   if (gen.beam)
     fprintf(stderr, "beam %d: log p %.3f, score %.4f\n", gen.beam, written.score,
             written.score / pow(gen.tokens, gen.length_penalty));
-  print_speed(most, written.seconds);
+  double bytes = (double)most * gen.tokens;
+  if (bytes)
+    fprintf(stderr, "%.0f bytes, %.0f tokens/s, threads %d\n", bytes, bytes / written.seconds,
+            n_threads);
 }
 
 // ---- Greedy against beam search: --compare
@@ -581,20 +579,20 @@ static void write_samples(Writer *w) {
 static const unsigned char *print_cell(const unsigned char *p, const unsigned char *end,
                                        int width) {
   const unsigned char *stop = p, *space = NULL;
-  int columns = 0;
+  int columns = 0, at_space = 0;
   while (stop < end && *stop != '\n') {
     int length = utf8_length(stop, end - stop), wide = length >= 3 ? 2 : 1;   // as Chinese is
-    if (columns + wide > width) { if (space) stop = space; break; }
+    if (columns + wide > width) {
+      if (space) stop = space, columns = at_space;
+      break;
+    }
     columns += wide;
     stop += MAX(1, length);
-    if (stop[-1] == ' ') space = stop;
+    if (stop[-1] == ' ') space = stop, at_space = columns;
   }
-  for (columns = 0; p < stop; ) {
-    int length = utf8_length(p, stop - p);
-    if (*p == '\t') putchar(' '), p++;
-    else p += print_text(p, MAX(1, length), 1);
-    columns += length >= 3 ? 2 : 1;
-  }
+  while (p < stop)
+    if (*p == '\t') putchar(' '), p++;            // a tab would be as wide as it likes
+    else p += print_text(p, MAX(1, utf8_length(p, stop - p)), 1);
   printf("%*s", width - columns, "");
   return p < end && *p == '\n' ? p + 1 : p;
 }
@@ -627,17 +625,13 @@ static void compare(Writer *w) {
   double loss[2], rate[2];
   for (int i = 0; i < 2; i++) {
     Written written = write_text(w, &greedy, 1, i ? gen.beam : 0, 0);
-    text[i] = (unsigned char *)malloc(n);
-    if (!text[i]) die("no memory for a text of %ld bytes", n);
-    memcpy(text[i], text_of(w, 0), n);
+    text[i] = (unsigned char *)memcpy(host_alloc(NULL, n), text_of(w, 0), n);
     rate[i] = gen.tokens / written.seconds;
     loss[i] = text_loss(w, text[i], prompt.n, n, 0);
   }
-  printf("%-46s | beam search, %d hypotheses\n%.47s+%.47s\n", "greedy", gen.beam,
-         "------------------------------------------------",
-         "------------------------------------------------");
-  print_side_by_side(text[0] + (gen.prompt ? 0 : 1), text[1] + (gen.prompt ? 0 : 1),
-                     n - (gen.prompt ? 0 : 1));
+  const char *rule = "-----------------------------------------------";
+  printf("%-46s | beam search, %d hypotheses\n%s+%s\n", "greedy", gen.beam, rule, rule);
+  print_side_by_side(text[0] + prompt.hidden, text[1] + prompt.hidden, n - prompt.hidden);
   printf("\n%-12s %10s %10s %12s %10s\n", "", "loss", "a byte", "score", "tokens/s");
   for (int i = 0; i < 2; i++)
     printf("%-12s %10.3f %10.4f %12.4f %10.0f\n", i ? "beam search" : "greedy", loss[i],
@@ -685,7 +679,7 @@ static void read_all(void *argument) {
     for (long i = 0; i < n; i += 4*VECTOR)
       for (int j = 0; j < 4; j++) sum[j] += *(const vec *)(x + i + j*VECTOR);
     vec all = sum[0] + sum[1] + sum[2] + sum[3];
-    m->partial[chunk] = all[0];
+    m->partial[chunk] = all[0];                   // a sum that nobody wanted would not be computed
   }
 }
 
@@ -703,14 +697,15 @@ static void bench(Writer *w) {
     double best = INFINITY, now = seconds(), until = now + 2;
     start_writing(w, byte, 1, rows);
     while (now < until) {
+      double started = seconds();
       launch(read_all, m);
-      double middle = seconds();
-      read = MIN(read, middle - now);
+      now = seconds();
+      read = MIN(read, now - started);
       if (w->n - w->start == MIN(T, 128)) start_writing(w, byte, 1, rows);
-      middle = seconds();
+      started = seconds();
       advance(w, byte);
       now = seconds();
-      if (w->n > 2) best = MIN(best, now - middle);
+      if (w->n > 2) best = MIN(best, now - started);   // not of the step right after forward()
     }
     printf("rows %-3d %9.0f tokens/s | weights read at %6.1f GB/s, %3.0f %% of the %.1f GB/s that "
            "reading alone reaches\n", rows, rows / best, bytes / best * 1e-9,
@@ -778,20 +773,31 @@ static void check_size(Config c, const char *folder) {
         path, (long)info.st_size, folder, numbers);
 }
 
-static void check_bytes(const unsigned char *text, long n, int V, const char *what) {
-  for (long i = 0; i < n; i++)
-    if (text[i] >= V)
-      die("byte %ld of %s is %d, but the model's vocabulary has %d words", i, what, text[i], V);
+// What the text begins with; or all of it, for --score.
+static void take_prompt(Config c) {
+  if (gen.prompt && !*gen.prompt) gen.prompt = NULL;
+  const char *text = gen.score ? gen.score : gen.prompt ? gen.prompt : "\n";
+  prompt.byte = (const unsigned char *)text;
+  prompt.n = (long)strlen(text);
+  prompt.hidden = !gen.prompt;
+  for (long i = 0; i < prompt.n; i++)
+    if (prompt.byte[i] >= c.vocab_size)
+      die("byte %ld of %s is %d, but the model's vocabulary has %d words", i,
+          gen.score ? "--score" : "the prompt", prompt.byte[i], c.vocab_size);
+  if (prompt.n > c.block_size && !gen.score)
+    fprintf(stderr, "generate: the prompt has %ld bytes, the model's context %d: its newest %ld "
+            "are used\n", prompt.n, c.block_size,
+            prompt.n - window_of(prompt.n - 1, c.block_size));
 }
 
 int main(int argc, char **argv) {
   program = "generate";
   parse_options(generate_options, argc, argv, GENERATE_USAGE, &gen.folder, 1);
   check_choices();
-  int timed = gen.bench && !gen.folder;
-  Config config = {6, 6, 384, 256, 256};
+  int random = gen.bench && !gen.folder;          // no model is read: weights are random
+  Config config = {6, 6, 384, 256, 256};          // 10.8 M parameters
   if (!gen.folder) gen.folder = "run";
-  if (!timed) {
+  if (!random) {
     if (access(gen.folder, F_OK))
       die("%s: %s: train a model first (make run), or name its folder", gen.folder,
           strerror(errno));
@@ -801,22 +807,14 @@ int main(int argc, char **argv) {
   if (config.vocab_size > 256)
     fprintf(stderr, "generate: of %d words, only the first 256 are written, as bytes: a model "
             "whose tokens are something else will write nonsense\n", config.vocab_size);
-  if (gen.prompt && !*gen.prompt) gen.prompt = NULL;
-  const char *text = gen.score ? gen.score : gen.prompt ? gen.prompt : "\n";
-  prompt.byte = (const unsigned char *)text;
-  prompt.n = (long)strlen(text);
-  check_bytes(prompt.byte, prompt.n, config.vocab_size, gen.score ? "--score" : "the prompt");
-  if (prompt.n > config.block_size && !gen.score)
-    fprintf(stderr, "generate: the prompt has %ld bytes, the model's context %d: its newest %ld "
-            "are used\n", prompt.n, config.block_size,
-            prompt.n - window_of(prompt.n - 1, config.block_size));
+  take_prompt(config);
   int rows = gen.bench ? FEW : MAX(gen.beam, gen.samples);
   int cores = (int)MAX(1, MIN(1024, sysconf(_SC_NPROCESSORS_ONLN)));
   Writer w;
   writer_plan(&w, config, rows, gen.bench ? 1024 : prompt.n + gen.tokens);
   device_start(gen.threads ? gen.threads : worthwhile_threads(&w.model, rows, cores));
   writer_allocate(&w);
-  if (timed) model_init(&w.model, 1);
+  if (random) model_init(&w.model, 1);
   else read_weights(&w.model, gen.folder);
   if (gen.attention) write_attention(&w, prompt.byte, prompt.n, gen.attention);
   if (gen.bench) bench(&w);
@@ -824,7 +822,7 @@ int main(int argc, char **argv) {
   else if (gen.compare) compare(&w);
   else write_samples(&w);
   writer_free(&w);
-  return 0;
+  return finish(0);
 }
 #endif   // TESTS
 
@@ -906,22 +904,20 @@ static void test_window(void) {   // every byte has a place, and at least half a
 static void test_sampler(const char *name, Sampler s) {
   enum { V = 24, DRAWS = 200000 };
   real logits[V];
-  double p[V], sum = 0, kept = 0, chi2 = 0;
-  int order[V], count[V] = {0}, n = s.top_k ? s.top_k : V, degrees = -1, stray = 0;
-  for (int v = 0; v < V; v++) logits[v] = (real)(2 * random_normal(9, v)), order[v] = v;
+  double p[V], before[V] = {0}, all = 0, kept = 0, chi2 = 0;
+  int likelier[V] = {0}, count[V] = {0}, k = s.top_k ? s.top_k : V, degrees = -1, stray = 0;
+  for (int v = 0; v < V; v++) logits[v] = (real)(2 * random_normal(9, v));
   for (int v = 0; v < V; v++) p[v] = exp(logits[v] / s.temperature);
-  for (int i = 0; i < V; i++)                             // likeliest first
-    for (int j = i + 1; j < V; j++)
-      if (p[order[j]] > p[order[i]]) { int o = order[i]; order[i] = order[j]; order[j] = o; }
-  for (int i = 0; i < n; i++) sum += p[order[i]];
-  for (int i = 0; i < n; i++) {                           // the one that crosses top_p stays
-    if (kept >= s.top_p * sum) n = i;
-    else kept += p[order[i]];
-  }
-  for (int i = 0; i < V; i++) p[order[i]] = i < n ? p[order[i]] / kept : 0;
+  for (int v = 0; v < V; v++)
+    for (int u = 0; u < V; u++)
+      if (p[u] > p[v]) likelier[v]++, before[v] += p[u];
+  for (int v = 0; v < V; v++) if (likelier[v] < k) all += p[v];
+  for (int v = 0; v < V; v++)                             // the one that crosses top_p stays
+    if (likelier[v] >= k || before[v] >= s.top_p * all) p[v] = 0;
+    else kept += p[v];
   for (long i = 0; i < DRAWS; i++) count[choose(&s, logits, V, 0, i)]++;
   for (int v = 0; v < V; v++) {
-    double expected = DRAWS * p[v];
+    double expected = DRAWS * p[v] / kept;
     if (expected > 0) chi2 += (count[v] - expected) * (count[v] - expected) / expected, degrees++;
     else stray += count[v];
   }
@@ -958,28 +954,24 @@ static void test_ties(void) {
 static void test_exhaustive(void) {
   enum { V = 16 };
   Writer w;
-  double best[V], score[V] = {0}, worst = 0;
-  unsigned char pair[V][2];
+  double log_p[V*V], score[V] = {0}, worst = 0;
   unsigned char text[8] = {3, 1, 4, 1, 5};
   test_model(&w, V, 8, 16, V, 8);
-  int kept = 0;
-  for (int a = 0; a < V; a++)
-    for (int b = 0; b < V; b++) {
-      text[5] = (unsigned char)a;
-      text[6] = (unsigned char)b;
-      double p = -text_loss(&w, text, 5, 7, 0);
-      int i = kept < V ? kept++ : p > best[V - 1] ? V - 1 : V;
-      for (; i < V && i > 0 && p > best[i - 1]; i--)
-        best[i] = best[i - 1], memcpy(pair[i], pair[i - 1], 2);
-      if (i < V) best[i] = p, memcpy(pair[i], text + 5, 2);
-    }
+  for (int pair = 0; pair < V*V; pair++) {
+    text[5] = (unsigned char)(pair / V);
+    text[6] = (unsigned char)(pair % V);
+    log_p[pair] = -text_loss(&w, text, 5, 7, 0);
+  }
   start_writing(&w, text, 5, 1);
   beam_step(&w, score);
   beam_step(&w, score);
   int same = w.rows == V;
-  for (int i = 0; i < w.rows; i++) {
-    same &= !memcmp(text_of(&w, i) + 5, pair[i], 2);
-    worst = MAX(worst, fabs(score[i] - best[i]));
+  for (int i = 0; i < w.rows; i++) {              // row i is the pair that i others are better than
+    const unsigned char *byte = text_of(&w, i) + 5;
+    int own = byte[0] * V + byte[1], better = 0;
+    for (int pair = 0; pair < V*V; pair++) better += log_p[pair] > log_p[own];
+    same &= better == i;
+    worst = MAX(worst, fabs(score[i] - log_p[own]));
   }
   check(same && worst < 1e-4, "beam: with %d hypotheses, two steps are the %d best of all %d pairs "
         "(log p to %.0e)", V, V, V*V, worst);
@@ -1011,9 +1003,8 @@ static void test_beam(void) {
   memcpy(text, text_of(&w, 0), BYTES);
   start_writing(&w, text, 3, 1);
   while (w.n < BYTES) {
-    unsigned char byte = (unsigned char)choose(&greedy, logits_of(&w, 0), V, 0, 0);
-    same &= byte == text[w.n];
-    advance(&w, &byte);
+    draw_step(&w, &greedy, 0);
+    same &= text_of(&w, 0)[w.n - 1] == text[w.n - 1];
   }
   check(same, "beam: one hypothesis is greedy");
   writer_free(&w);

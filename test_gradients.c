@@ -37,14 +37,14 @@
 // blockIdx alone. Blocks know nothing of each other. The threads of a block share what is declared
 // __shared__, and wait for each other at __syncthreads(). 32 threads in a row are a warp: they can
 // show each other numbers (shuffle, ballot).
-// Here a thread is a fiber: a stack, and a place where it goes on. One CPU thread runs them all, one
-// after the other, and changes from one to the next where they wait. What goes wrong on a GPU once
-// in a while is made to go wrong here each time:
+// Here a thread is a fiber: a stack, and a place where it goes on. One CPU thread runs them all,
+// one after the other, and changes from one to the next where they wait. What goes wrong on a GPU
+// once in a while is made to go wrong here each time:
 //   - blocks, and between barriers the threads of a block, run in random order: GPU_SEED=n;
 //   - device memory and shared memory are full of NaNs, until something is written there;
-//   - a barrier that not all threads reach, or a host pointer in a kernel, ends the program, by name;
-//   - with -fsanitize=address an index beyond an array is seen, or device memory touched by the host;
-//   - with -fsanitize=thread (`make race`) two threads at one word with no barrier between are seen.
+//   - a barrier that not all threads reach, or a host pointer in a kernel, ends the program;
+//   - -fsanitize=address sees an index beyond an array, or device memory touched by the host;
+//   - -fsanitize=thread (`make race`) sees two threads at one word with no barrier between.
 #define EMULATED
 #pragma GCC diagnostic ignored "-Wunused-function"
 #include <math.h>
@@ -77,7 +77,8 @@ extern "C" void __tsan_java_init(uintptr_t, uintptr_t), __tsan_java_alloc(uintpt
 #ifdef __clang__   // the GPU's own work, which the sanitizers should not take for the kernels'
 #define UNSEEN __attribute__((noinline, unused, disable_sanitizer_instrumentation)) static
 #else
-#define UNSEEN __attribute__((noinline, unused, no_sanitize("address", "thread", "undefined"))) static
+#define UNSEEN \
+  __attribute__((noinline, unused, no_sanitize("address", "thread", "undefined"))) static
 #endif
 
 // ---- The language
@@ -132,7 +133,7 @@ __asm(".text\n.p2align 4\ngpu_change_fiber:\n sub sp, sp, 160\n" PAIRS("stp")
 #endif
 
 // ---- A block of threads
-enum { MOST_THREADS = 1024, STACK = (128 << 10) + 832 };   // 832: the stacks' tops in other cache sets
+enum { MOST_THREADS = 1024, STACK = (128 << 10) + 832 };   // 832: tops lie in other cache sets
 struct Barrier { int arrived, phase; char order[2]; };
 struct Thread {
   uint3 index;
@@ -157,7 +158,8 @@ static struct {
 TSAN(static void *host_fiber, *fiber[2][MOST_THREADS];)
 
 UNSEEN void gpu_die(const char *what, const Thread *a, const Thread *b) {
-  fprintf(stderr, "kernel %s, block (%u,%u,%u): %s\n", gpu.kernel, blockIdx.x, blockIdx.y, blockIdx.z, what);
+  fprintf(stderr, "kernel %s, block (%u,%u,%u): %s\n", gpu.kernel, blockIdx.x, blockIdx.y,
+          blockIdx.z, what);
   for (const Thread *t = a; t; t = t == a ? b : NULL)
     fprintf(stderr, "  thread %d %s %s, line %d\n", t->id,
             t->returned ? "has returned; it was last at" : "is at", t->at, t->line);
@@ -254,7 +256,9 @@ UNSEEN void run_block(void) {
 
 // ---- Device memory
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorMemoryAllocation };
-enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
+enum cudaMemcpyKind {
+  cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice
+};
 static const char *cudaGetErrorString(cudaError_t e) {
   return e == cudaErrorInvalidValue ? "invalid argument" : e ? "out of memory" : "no error";
 }
@@ -302,7 +306,8 @@ static void enqueue(const std::function<void()> &work) {
 }
 static cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n, cudaMemcpyKind kind,
                                    cudaStream_t) {
-  if (on_device(to, n) != (kind & 1) || on_device(from, n) != kind >> 1) return cudaErrorInvalidValue;
+  if (on_device(to, n) != (kind & 1) || on_device(from, n) != kind >> 1)
+    return cudaErrorInvalidValue;
   enqueue([=] { memcpy(to, from, n); });
   return cudaSuccess;
 }
@@ -320,7 +325,8 @@ UNSEEN void run_grid(const char *kernel, dim3 grid, dim3 block, const std::funct
   gridDim.x = grid.x; gridDim.y = grid.y; gridDim.z = grid.z;
   blockDim.x = block.x; blockDim.y = block.y; blockDim.z = block.z;
   if (n < 1 || grid.y > 65535 || grid.z > 65535 || gpu.threads < 1 || gpu.threads > MOST_THREADS
-      || gpu.threads % 32) gpu_die("a grid that is empty or too large, or a block not of warps", 0, 0);
+      || gpu.threads % 32)
+    gpu_die("a grid that is empty or too large, or a block not of warps", 0, 0);
   if (!gpu.stacks) {
     const char *seed = getenv("GPU_SEED");
     gpu.random = seed ? strtoull(seed, NULL, 10) : 0;
@@ -412,7 +418,11 @@ template <class T> UNSEEN void emulate_mma(T *c, const T *a, const T *b, LINE) {
 
 // ---- The rest of the runtime library that train_gpu.cu calls
 enum { cudaStreamNonBlocking, cudaEventDisableTiming, cudaStreamCaptureModeThreadLocal };
-struct cudaDeviceProp { char name[256]; int multiProcessorCount, major, minor; size_t totalGlobalMem; };
+struct cudaDeviceProp {
+  char name[256];
+  int multiProcessorCount, major, minor;
+  size_t totalGlobalMem;
+};
 struct cudaFuncAttributes { int unused; };
 #define CALL static inline cudaError_t
 CALL cudaGetLastError(void) { return cudaSuccess; }
@@ -423,9 +433,16 @@ CALL cudaGetDeviceProperties(cudaDeviceProp *p, int) {
   return cudaSuccess;
 }
 CALL cudaFuncGetAttributes(cudaFuncAttributes *, const void *) { return cudaSuccess; }
-CALL cudaMemGetInfo(size_t *left, size_t *all) { *left = *all = (size_t)1 << 34; return cudaSuccess; }
+CALL cudaMemGetInfo(size_t *left, size_t *all) {
+  *left = *all = (size_t)1 << 34;
+  return cudaSuccess;
+}
 CALL cudaMallocHost(void **p, size_t n) { *p = malloc(n); return cudaSuccess; }
-CALL cudaStreamCreateWithFlags(cudaStream_t *s, int) { static char one; *s = &one; return cudaSuccess; }
+CALL cudaStreamCreateWithFlags(cudaStream_t *s, int) {
+  static char one;
+  *s = &one;
+  return cudaSuccess;
+}
 CALL cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 CALL cudaEventCreate(cudaEvent_t *e) { static double time; *e = &time; return cudaSuccess; }
 CALL cudaEventCreateWithFlags(cudaEvent_t *e, int) { return cudaEventCreate(e); }
@@ -436,7 +453,11 @@ CALL cudaStreamBeginCapture(cudaStream_t, int) {
   recorded = new std::vector<std::function<void()>>;
   return cudaSuccess;
 }
-CALL cudaStreamEndCapture(cudaStream_t, cudaGraph_t *g) { *g = recorded; recorded = NULL; return cudaSuccess; }
+CALL cudaStreamEndCapture(cudaStream_t, cudaGraph_t *g) {
+  *g = recorded;
+  recorded = NULL;
+  return cudaSuccess;
+}
 CALL cudaGraphInstantiateWithFlags(cudaGraphExec_t *x, cudaGraph_t g, int) {
   *x = new std::vector<std::function<void()>>(*g);
   return cudaSuccess;
@@ -467,7 +488,7 @@ typedef struct {
   Config config;
   Piece piece[MOST_MICRO];
   int updates, accumulate;                // each update takes the next `accumulate` pieces
-  int optimizer, recipe, separate;
+  int optimizer, recipe, separate, tf32;
   double learning_rate, weight_decay, grad_clip;
   long n;                                 // how many weights
   double *weights;                        // before; then after
@@ -1123,6 +1144,12 @@ static void check_layer(Layer *layer, Shape s, int every_element) {
 
 // Sizes that no tile, vector or block divides; and sizes beyond one of each, in every direction.
 static const Shape SMALL = {3, 7, 24, 3, 29, 10}, LARGE = {3, 135, 150, 3, 301, 77};
+// Sums of over 512 terms for few results: over channels, over rows. A GPU cuts these into slices.
+static const Shape WIDE = {3, 7, 525, 3, 29, 10}, LONG = {5, 121, 24, 3, 29, 10};
+
+static int is_matmul(const Layer *layer) {
+  return !strcmp(layer->name, "linear") || !strcmp(layer->name, "head");
+}
 
 #ifndef MOVE_EACH
 #define MOVE_EACH 1   // 0: a slope here too, for `make race`, which has time for few
@@ -1137,7 +1164,51 @@ static void check_layers(const char **names, int n_names) {
     if (!asked) continue;
     check_layer(layers[i], SMALL, MOVE_EACH);
     check_layer(layers[i], LARGE, 0);
+    if (is_matmul(layers[i])) check_layer(layers[i], WIDE, 0), check_layer(layers[i], LONG, 0);
   }
+}
+
+// ---- Sums over all: losses, hits, the gradient's norm. Longer than a block or a CHUNK; what adds
+// finds something there.
+
+typedef struct { Tensor loss, hit; Stats *stats; double *partial; int n; } Sums;
+
+static void sums_twice(void *argument) {
+  Sums *s = (Sums *)argument;
+  add_loss(s->stats, s->loss, s->hit, s->n);
+  add_loss(s->stats, s->loss, s->hit, s->n);
+  gradient_norm(s->stats, s->partial, s->loss.data, s->n);
+  gradient_norm(s->stats, s->partial, s->loss.data, s->n);
+  keep_stats(s->stats + 1, s->stats);
+  add_loss(s->stats, s->loss, s->hit, s->n);
+}
+
+static void check_sums(void) {
+  const int n = 3*CHUNK + 77, chunks_of_n = 4;
+  double *loss = numbers(n), *hit = numbers(n), sums[3] = {0, 0, 0}, apart = 0;
+  Stats before[2] = {{3, 5, 7}, {NAN, NAN, NAN}}, after[2];
+  Tensor none = {NULL, NULL};
+  Sums s = {none, none, (Stats *)device_alloc(sizeof before),
+            (double *)device_alloc(chunks_of_n * sizeof(double)), n};
+  for (int i = 0; i < n; i++) {
+    loss[i] = (float)random_normal(700, i), hit[i] = random_bits(701, i) % 3 == 0;
+    sums[0] += loss[i]; sums[1] += hit[i]; sums[2] += loss[i] * loss[i];
+  }
+  s.loss.data = guarded(loss, n);
+  s.hit.data = guarded(hit, n);
+  copy_in(s.stats, before, sizeof before);
+  launch(sums_twice, &s);
+  copy_out(after, s.stats, sizeof after);
+  double got[] = {after[1].loss, after[1].hits, after[1].norm2, after[0].loss, after[0].hits};
+  double want[] = {3 + 2*sums[0], 5 + 2*sums[1], sums[2], sums[0], sums[1]};
+  for (int i = 0; i < 5; i++) {
+    double error = fabs(got[i] / want[i] - 1);
+    apart = error <= apart ? apart : error;   // a NaN is the worst
+  }
+  judge_that(apart < 1e-11, "add_loss, gradient_norm, keep_stats", "%.1e from plain sums", apart);
+  device_free(s.loss.data); device_free(s.hit.data);
+  device_free(s.stats); device_free(s.partial);
+  free(loss); free(hit);
 }
 
 // ---- 3. The whole model -----------------------------------------------------------------------
@@ -1192,9 +1263,14 @@ static void zero_gradients(void *model) {
   zero(((Model *)model)->weights.grad, ((Model *)model)->n_weights);
 }
 
+static void poison(void *model) {   // what is read before it is written shows as NaN
+  fill(((Model *)model)->memory, ((Model *)model)->n_memory, (real)NAN);
+}
+
 static void open_model(Model *m, Config config, int rows, int separate) {
   model_plan(m, config, rows, 1, separate);
   model_allocate(m);
+  launch(poison, m);
 }
 
 // The layers between a tensor's gradient and that of the next in backward order.
@@ -1401,6 +1477,7 @@ static void play(Trial *t) {
     rows = MAX(rows, t->piece[k].B * t->piece[k].T), t->loss[k] = t->change[k] = 0;
   open_model(&m, t->config, rows, t->separate);
   put_parameters(&m, t->weights);
+  device_precision(t->tf32 ? "tf32" : "fp32");
   double *grad = numbers(m.count), *before = numbers(m.count);
   opt.optimizer = OPTIMIZER[t->optimizer];
   opt.beta1 = 0.9; opt.beta2 = 0.99;
@@ -1417,6 +1494,7 @@ static void play(Trial *t) {
     t->change[(u + 1) * t->accumulate - 1] = norm_of(before, m.count);
   }
   memcpy(t->grad, grad, m.count * sizeof(double));
+  device_precision("fp32");
   free(grad); free(before);
   model_free(&m);
 }
@@ -1463,16 +1541,17 @@ static void free_trial(Trial *t) { free(t->weights); free(t->grad); }
 // layers, each with sums of K terms, is off by about 6e-8 sqrt(L K) of its tensor's size, and the
 // worst of thousands by some times that.
 
-static void compare_backend(const Backend *other, double bar, const char *why) {
-  Piece piece = {3, 7, 5};
-  Trial mine = new_trial(TINY, SGD, 0.1), theirs = new_trial(TINY, SGD, 0.1);
+static void compare_backend(const Backend *other, Config config, Piece piece, int tf32, double bar,
+                            const char *why) {
+  Trial mine = new_trial(config, SGD, 0.1), theirs = new_trial(config, SGD, 0.1);
   mine.piece[0] = theirs.piece[0] = piece;
+  theirs.tf32 = tf32;
   play(&mine);
   other->run(&theirs);
   printf("\nThe same gradients by %s: %s\n", other->name, why);
   heading(other->name, "here");
-  Model m = lists_of(TINY);
-  Shape shape = {piece.B, piece.T, TINY.n_embd, TINY.n_head, LETTERS, 0};
+  Model m = lists_of(config);
+  Shape shape = {piece.B, piece.T, config.n_embd, config.n_head, LETTERS, 0};
   for (long i = 0, at = 0; i < m.n_parameters; at += entry_count(&m.parameter[i++])) {
     const Entry *e = &m.parameter[i];
     Comparison row = {e->name, "", e->rows, MAX(1, e->cols), theirs.grad + at, mine.grad + at, NULL,
@@ -1521,16 +1600,80 @@ static void show_float_differences(const Backend *backend) {
   free_trial(&t);
 }
 
-static void check_float_and_double(void) {
+// Tensor cores see 10 of a float's 23 bits: a number is off by up to 2^-11 of its size, by 0.42 of
+// that in root mean square; a product of two by 0.6 of it. K such errors add up like the steps of
+// a random walk, but so do the K terms: relative to the sum's size it is 0.6 * 2^-11 for any K, and
+// the worst of thousands is 3 to 6 times that. A number in the wrong lane is off by all that it is.
 #ifdef KERNELS
-  compare_backend(&c_double, 1e-10, "train.c, in double; only the order of sums differs");
+static double check_product(Layer *layer, Shape s, double bar) {
+  Case *c = make_case(layer, s);
+  Comparison row = {layer->name, NULL, 0, 0, NULL, NULL, NULL, &c->s, bar};
+  double *result[2][MOST_TENSORS], least = INFINITY;
+  char name[40];
+  for (int tf32 = 0; tf32 < 2; tf32++) {
+    device_precision(tf32 ? "tf32" : "fp32");
+    launch(layer->forward, c);
+    launch(layer->backward, c);
+    for (int i = 0; i < c->n_tensors; i++) {
+      long n = count_in(c, i);
+      int adds = layer->role[i].duty == ADDS;
+      get(result[tf32][i] = numbers(n), i ? c->t[i].grad : c->t[i].data, n);
+      for (long j = 0; adds && j < n; j++) result[tf32][i][j] -= c->grad[i][j];
+      if (adds) put(c->t[i].grad, c->grad[i], n);
+    }
+  }
+  device_precision("fp32");
+  for (int i = 0; i < c->n_tensors; i++) {
+    row.rows = rows_in(c, i); row.cols = cols_in(c, i);
+    snprintf(name, sizeof name, i ? "d %s" : "%s", layer->role[i].name);
+    row.tensor = name; row.got = result[1][i]; row.want = result[0][i];
+    double error = row.cols > 1 ? judge(row) : least;   // a bias is no product
+    least = MIN(least, error);
+    free(result[0][i]); free(result[1][i]);
+  }
+  free_case(c);
+  return least;
+}
+
+static void check_tf32(void) {
+  const double expected = 0.6 * 0x1p-11;
+  const Config config = {1, 3, 36, 48, LETTERS};   // 135 rows, 144 columns: beyond a tile of 128
+  Piece piece = {3, 45, 5};
+  double least = INFINITY;
+  compare_backend(IN_FLOAT, config, piece, 0, 3e-5, "beyond a tile");
+  if (compute_capability < 80) {
+    printf("\nThis GPU has no tensor cores for tf32, which is not checked\n");
+    return;
+  }
+  printf("\nMatmuls in tf32 against double: expect 0.6 * 2^-11 = %.1e, 3 to 6 times that\n"
+         "at worst\n", expected);
+  heading("tf32", "double");
+  for (int i = 0; i < n_layers; i++) {
+    if (!is_matmul(layers[i])) continue;
+    double small = check_product(layers[i], SMALL, 8 * expected);
+    double large = check_product(layers[i], LARGE, 8 * expected);
+    least = MIN(least, MIN(small, large));
+  }
+  judge_that(least > expected, "that was tf32", "the worst of each is %.1e or more", least);
+  compare_backend(IN_FLOAT, config, piece, 1, 0.05, "in tf32; 2^13 times the errors in float");
+}
+#endif
+
+static void check_float_and_double(void) {
+  const Piece piece = {3, 7, 5};
+#ifdef KERNELS
+  compare_backend(&c_double, TINY, piece, 0, 1e-10,
+                  "train.c, in double; only the order of sums differs");
 #endif
   char why[120];
   double roundings = 12.0 * TINY.n_layer + 4, terms = 4 * TINY.n_embd;
   double expected = 0x1p-24 * sqrt(roundings * terms);
   snprintf(why, sizeof why, "expect 6e-8 sqrt(%g layers x %g terms) = %.0e, or some times that",
            roundings, terms, expected);
-  compare_backend(IN_FLOAT, 10 * expected, why);
+  compare_backend(IN_FLOAT, TINY, piece, 0, 10 * expected, why);
+#ifdef KERNELS
+  check_tf32();
+#endif
   show_float_differences(IN_FLOAT);
 }
 
@@ -2273,8 +2416,9 @@ int main(int argc, char **argv) {
     return failed > 0;
   }
   check_layers(names, n);
-  if (!MOVE_EACH) {                      // the search for races: each kernel has run, now some updates
-    printf("%016llx\n", (unsigned long long)training_bits());
+  if (!n) check_sums();
+  if (!MOVE_EACH) {          // the search for races: each kernel has run, now some updates
+    if (!n) printf("%016llx\n", (unsigned long long)training_bits());
     print_summary(started);
     return failed > 0;
   }

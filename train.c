@@ -27,7 +27,6 @@
 #include <assert.h>
 #include <ctype.h>
 #include <errno.h>
-#include <fcntl.h>
 #include <math.h>
 #include <pthread.h>
 #include <sched.h>
@@ -71,6 +70,13 @@ static void die(const char *format, ...) {
   fprintf(stderr, "\n");
   va_end(args);
   exit(1);
+}
+
+// Memory of the host, or the end of the program: realloc, and with NULL a malloc.
+static void *host_alloc(void *p, size_t bytes) {
+  p = realloc(p, MAX(bytes, 1));
+  if (!p) die("no memory for %.1f MB: take a smaller model or text", bytes / 1e6);
+  return p;
 }
 
 #ifndef DEVICE
@@ -118,6 +124,8 @@ static double random_normal(uint64_t seed, uint64_t index) {   // Box and Muller
 typedef struct { double loss, hits, norm2; } Stats;   // sums over the tokens of an update; |grad|^2
 
 enum Optimizer { SGD, MOMENTUM, ADAGRAD, ADADELTA, RMSPROP, ADAM, ADAMW, N_OPTIMIZERS };
+static const char *const OPTIMIZER[N_OPTIMIZERS] = {
+  "sgd", "momentum", "adagrad", "adadelta", "rmsprop", "adam", "adamw"};
 typedef struct {           // what an update needs beside the numbers themselves
   int optimizer;           // enum Optimizer
   real learning_rate, beta1, beta2, weight_decay, grad_clip;
@@ -168,8 +176,10 @@ static void squared_error_forward(Tensor loss, Tensor y, const real *target, int
 __attribute__((unused))
 static void squared_error_backward(Tensor loss, Tensor y, const real *target, int N, int O);
 
-// Room 6. n numbers each; partial is scratch for (n + CHUNK - 1) / CHUNK doubles.
+// Room 6. n numbers each, a thread taking CHUNK of them at a time; partial is scratch for chunks(n)
+// doubles.
 enum { CHUNK = 4096 };
+static long chunks(long n) { return (n + CHUNK - 1) / CHUNK; }
 static void add_loss(Stats *stats, Tensor loss, Tensor hit, int N);
 static void keep_stats(Stats *kept, Stats *current);
 static void gradient_norm(Stats *stats, double *partial, const real *grad, long n);
@@ -221,19 +231,19 @@ static void barrier(void) {
     for (long i = (long)(n) * thread_id / n_threads,                                        \
               end_ = (long)(n) * (thread_id + 1) / n_threads; i < end_; i++)
 
-static void (*job)(void *);
-static void *job_argument;
+static void (*launched)(void *);   // what all threads run now
+static void *its_argument;
 
 static void *worker(void *id) {
-  for (thread_id = (int)(intptr_t)id; ; barrier()) {   // that barrier: the job is done
-    barrier();                                         // this one: there is a job
-    job(job_argument);
+  for (thread_id = (int)(intptr_t)id; ; barrier()) {   // that barrier: all have done it
+    barrier();                                         // this one: something is launched
+    launched(its_argument);
   }
   return NULL;
 }
 
 static void launch(void (*work)(void *), void *argument) {
-  job = work; job_argument = argument;
+  launched = work; its_argument = argument;
   barrier();
   work(argument);
   barrier();
@@ -308,7 +318,7 @@ typedef real vec __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real))
 enum {
   VECTOR = VECTOR_BYTES / sizeof(real), COLUMNS = 2 * VECTOR,   // of a tile
   DEPTH = 1024 / sizeof(real),   // of a panel of B: 256 floats x 32 columns are 32 KB
-  BLOCK = 384                    // rows of a job: 384 x 256 floats of A are 384 KB
+  BLOCK = 384                    // rows of a job, a multiple of ROWS: 384 x 256 floats are 384 KB
 };
 #define UNROLL _Pragma("GCC unroll 16")   // keeps the sums of a tile in registers
 
@@ -473,7 +483,7 @@ static inline real exp_(real x) {
 
 // x[i] = value. Gradients of parameters are zeroed once per update, since backward adds to them.
 static void fill(real *x, long n, real value) {
-  parallel_for (chunk, (n + CHUNK - 1) / CHUNK)
+  parallel_for (chunk, chunks(n))
     for (long i = chunk*CHUNK; i < MIN(n, (chunk + 1)*CHUNK); i++) x[i] = value;
   lap("fill", 0, n * sizeof(real));
 }
@@ -597,7 +607,9 @@ static void linear_backward(Tensor y, Tensor x, Affine p, int N, int C, int O) {
 // backward, which has att again from it: att[t,s] = exp(z[t,s] - lse[t]).
 enum { SIDE = 64 };   // of a tile of att
 
-// One row of a tile: weight[s] = exp((z[s] - max) scale) for s < seen, else 0; returns their sum.
+// One row of a tile: weight[s] = exp((weight[s] - max) scale) for s < seen, else 0; returns their
+// sum. weight comes in as q[t].k[s], and the 1/sqrt(D) that makes it z is in scale: so max is not
+// scaled either, and backward divides lse by it.
 static real softmax_weights(real *weight, int seen, int width, real max, real scale) {
   for (int s = 0; s < seen; s++) weight[s] = exp_((weight[s] - max) * scale);
   for (int s = seen; s < width; s++) weight[s] = 0;
@@ -657,7 +669,7 @@ static void attention_backward(Tensor out, Tensor lse, Tensor qkv, int B, int T,
         matmul_job(dz, SIDE, dout_i, transpose(v_j), rows, columns, D, 0, NULL);   // datt so far
         for (int t = 0; t < rows; t++) {
           real *att_t = att + t*SIDE, *dz_t = dz + t*SIDE, lse_t = lse.data[bh*T + i + t] / scale;
-          real expected = dot(dout + (i + t)*C, o + (i + t)*C, D);
+          real expected = dot(dout + (i + t)*C, o + (i + t)*C, D);   // sum_s att[t,s] datt[t,s]
           softmax_weights(att_t, MIN(columns, i + t - j + 1), columns, lse_t, scale);
           for (int s = 0; s < columns; s++) dz_t[s] = att_t[s] * (dz_t[s] - expected) * scale;
         }
@@ -829,23 +841,27 @@ typedef struct {
   Tensor x_f, x_f_stats, logits, row_lse, loss, hit;
   Entry *parameter, *activation;       // the lists, and how long they are
   int n_parameters, n_activations;
-  Tensor weights;                      // all parameters: matrices first, so that weight decay,
-  long n_matrices, n_weights;          // which is for them, is for one range (with padding)
-  long count;                          // parameters, without padding
+  // All parameters, n_weights with padding. The n_matrices numbers of matrices come first, so that
+  // weight decay, which is for them alone, is for one range
+  Tensor weights;
+  long n_matrices, n_weights;
+  long count;                          // numbers in all parameters, without padding
   int training, separate;              // see model_plan()
   real *moment[2];                     // the optimizer's memories m and v, laid out like weights
   real *memory;                        // of the activations, n_memory numbers
   long n_memory;
   int *token, *target;                 // [rows], of the micro-batch
   double *partial;                     // scratch of gradient_norm
-  Stats *stats;                        // [N_STATS]: of the update under way, of evaluation, and
-} Model;                               // of the updates that the host has not looked at yet
-enum { CURRENT, EVALUATION, KEPT, N_STATS = KEPT + 64 };
+  Stats *stats;                        // [N_STATS]
+} Model;
+
+// Places in stats: the update under way, an evaluation, and the last STATS_KEPT updates, for the
+// host to look at when it likes.
+enum { CURRENT, EVALUATION, KEPT, STATS_KEPT = 64, N_STATS = KEPT + STATS_KEPT };
 
 static void add_entry(Entry **list, int *n, Tensor *tensor, int rows, int cols, enum Memory data,
                       enum Memory grad, const char *format, int layer) {
-  *list = (Entry *)realloc(*list, (*n + 1) * sizeof(Entry));
-  if (!*list) die("no memory for a list of %d tensors: lower --n_layer", *n + 1);
+  *list = (Entry *)host_alloc(*list, (*n + 1) * sizeof(Entry));
   Entry *e = &(*list)[(*n)++];
   e->rows = rows; e->cols = cols; e->tensor = tensor; e->data = data; e->grad = grad;
   snprintf(e->name, sizeof e->name, format, layer);
@@ -906,10 +922,11 @@ static void layout(Model *m) {
   add_activation(m, &m->hit, 0, OWN, NONE, "hit", 0);
 }
 
-static long entry_count(const Entry *e) { return (long)e->rows * (e->cols ? e->cols : 1); }
+static long count_of(int rows, int cols) { return (long)rows * (cols ? cols : 1); }
+static long entry_count(const Entry *e) { return count_of(e->rows, e->cols); }
 static long padded(long n) { return (n + 15) / 16 * 16; }   // a tensor starts on a cache line
 
-// A place among memory that may not be there yet, when all that is asked is how much it will be.
+// memory + at; NULL while there is no memory yet, and model_plan() only counts how much it will be.
 static real *place(real *memory, long at) { return memory ? memory + at : NULL; }
 
 // Places each parameter in m->weights: twice the same walk, first matrices, then vectors.
@@ -928,7 +945,8 @@ static void place_parameters(Model *m) {
   }
 }
 
-// Places each activation, and its gradient if there is training, in m->memory.
+// Places each activation, and its gradient if there is training, in m->memory. What is shared gets
+// its place when it is met first, and has one size wherever it is met.
 static void place_activations(Model *m) {
   long shared[N_MEMORIES], total = 0;
   for (int i = 0; i < N_MEMORIES; i++) shared[i] = -1;
@@ -962,8 +980,6 @@ static void model_plan(Model *m, Config config, int rows, int training, int sepa
   place_parameters(m);
   place_activations(m);
 }
-
-static long chunks(long n) { return (n + CHUNK - 1) / CHUNK; }
 
 static double model_bytes(const Model *m) {   // of device memory
   return sizeof(real) * ((m->training ? 4.0 : 1.0) * m->n_weights + m->n_memory)
@@ -1000,8 +1016,7 @@ static void model_init(Model *m, uint64_t seed) {
   for (int i = 0; i < m->n_parameters; i++) {
     Entry *e = &m->parameter[i];
     long n = entry_count(e);
-    real *w = (real *)malloc(n * sizeof(real));
-    if (!w) die("no memory to make %s (%ld numbers): lower --n_embd", e->name, n);
+    real *w = (real *)host_alloc(NULL, n * sizeof(real));
     double scale = 0.02;
     if (strstr(e->name, "c_proj")) scale /= sqrt(2.0 * m->config.n_layer);
     for (long j = 0; j < n; j++)
@@ -1066,9 +1081,30 @@ static void backward(Model *m, int B, int T, real dloss) {
   embedding_backward(m->embedding, m->token, m->wte, m->wpe, B, T, C);
 }
 
+// What launch() takes: a function of one argument, which all threads run.
+typedef struct { Model *model; int B, T; real dloss; } MicroBatch;
+
+static void forward_only(void *argument) {
+  MicroBatch *b = (MicroBatch *)argument;
+  forward(b->model, b->B, b->T);
+}
+
+static void forward_counted(void *argument) {   // adds the losses to those of the evaluation
+  MicroBatch *b = (MicroBatch *)argument;
+  forward(b->model, b->B, b->T);
+  add_loss(b->model->stats + EVALUATION, b->model->loss, b->model->hit, b->B * b->T);
+}
+
+static void micro_batch(void *argument) {       // adds to the gradients
+  MicroBatch *b = (MicroBatch *)argument;
+  forward(b->model, b->B, b->T);
+  add_loss(b->model->stats + CURRENT, b->model->loss, b->model->hit, b->B * b->T);
+  backward(b->model, b->B, b->T, b->dloss);
+}
+
 // Floating-point operations of one forward and backward pass over N tokens in sequences of T: the
-// matmuls, with 2 a multiply-add and the causal half of attention. Backward is two matmuls for
-// each one of forward, hence the 3.
+// matmuls, with 2 a multiply-add, 12 C^2 the weights of a block, and the causal half of attention.
+// Backward is two matmuls for each one of forward, hence the 3.
 static double model_flop(const Model *m, double N, double T) {
   double L = m->config.n_layer, C = m->config.n_embd, V = m->config.vocab_size;
   return 3 * N * (L * (2*12*C*C + 2*T*C) + 2*V*C);
@@ -1149,8 +1185,9 @@ static void gradient_norm(Stats *stats, double *partial, const real *grad, long 
     for (int j = 0; j < LANES; j++) partial[chunk] += lane[j];
   }
   parallel_for (one, 1) {
-    stats->norm2 = one;   // which is 0
-    for (long chunk = 0; chunk < chunks(n); chunk++) stats->norm2 += partial[chunk];
+    double sum = 0;
+    for (long chunk = 0; chunk < chunks(n); chunk++) sum += partial[chunk];
+    stats[one].norm2 = sum;
   }
   lap("gradient_norm", 0, 1.0*n * sizeof(real));
 }
@@ -1183,7 +1220,7 @@ typedef struct {
   unsigned char *byte;
   long size, train_size;
   uint64_t hash;           // of the bytes: a run that is resumed must have the same text
-  double floor[2];         // nats per byte no model can pass, of train and validation; NaN: unknown
+  double floor;            // nats per byte of validation that no model can pass; NaN: unknown
 } Text;
 
 // All of a file, in memory that the caller frees; the byte after the last is 0. A file that cannot
@@ -1197,10 +1234,7 @@ static char *read_file(const char *path, long *size) {
   long room = 1 << 16, n = 0;
   char *all = NULL;
   for (size_t got = 1; got > 0; n += got) {
-    if (!all || n + 1 >= room) {
-      all = (char *)realloc(all, room *= 2);
-      if (!all) die("%s: no memory for the %ld bytes it has at least", path, n);
-    }
+    if (!all || n + 1 >= room) all = (char *)host_alloc(all, room *= 2);
     got = fread(all + n, 1, room - 1 - n, file);
   }
   if (ferror(file)) die("%s: %s", path, strerror(errno));
@@ -1214,24 +1248,22 @@ static char *read_file(const char *path, long *size) {
 // speaks of a text of this size.
 static void read_floor(Text *text) {
   char path[4096], key[64];
-  double value, bytes = 0, floor[2] = {NAN, NAN};
-  text->floor[0] = text->floor[1] = NAN;
+  double value, bytes = 0, val = NAN;
   snprintf(path, sizeof path, "%s.floor", text->path);
   FILE *file = fopen(path, "r");
   if (!file) return;
   while (fscanf(file, "%63s %lf", key, &value) == 2) {
     if (!strcmp(key, "bytes")) bytes = value;
-    if (!strcmp(key, "train_nats_per_byte")) floor[0] = value;
-    if (!strcmp(key, "val_nats_per_byte")) floor[1] = value;
+    if (!strcmp(key, "val_nats_per_byte")) val = value;
   }
   fclose(file);
-  if (bytes == text->size) text->floor[0] = floor[0], text->floor[1] = floor[1];
+  if (bytes == text->size) text->floor = val;
 }
 
 static Text text_open(const char *path, int vocab_size) {
-  Text text = {path, NULL, 0, 0, 0xcbf29ce484222325u, {NAN, NAN}};
+  Text text = {path, NULL, 0, 0, 0xcbf29ce484222325u, NAN};
   text.byte = (unsigned char *)read_file(path, &text.size);
-  text.train_size = text.size / 10 * 9 + text.size % 10 * 9 / 10;
+  text.train_size = text.size * 9 / 10;
   for (long i = 0; i < text.size; i++) {
     if (text.byte[i] >= vocab_size)
       die("%s: byte %ld is %d, but the vocabulary has %d words: --vocab_size 256 takes any text",
@@ -1245,10 +1277,7 @@ static Text text_open(const char *path, int vocab_size) {
 // B windows of T tokens go to the device, with the tokens that follow them as targets.
 static void load_windows(Model *m, const unsigned char *byte, const long *start, int B, int T) {
   static int *token, room;
-  if (B*T > room) {
-    token = (int *)realloc(token, 2 * (room = B*T) * sizeof(int));
-    if (!token) die("no memory for a batch of %d tokens: lower --batch_size", room);
-  }
+  if (B*T > room) token = (int *)host_alloc(token, 2 * (room = B*T) * sizeof(int));
   int *target = token + B*T;
   for (int b = 0; b < B; b++)
     for (int t = 0; t < T; t++) {
@@ -1259,51 +1288,44 @@ static void load_windows(Model *m, const unsigned char *byte, const long *start,
   copy_in(m->target, target, B*T * sizeof(int));
 }
 
+#define BATCHES 0xffffffffffffaaaau   // makes the seed of batches another than that of weights
+
 // The windows of micro-batch number `index` of a training run: they depend on the seed and the
 // number alone, so that a resumed run, or another arm of a comparison, sees the same text.
 static void load_micro_batch(Model *m, const Text *text, uint64_t seed, uint64_t index, int B,
                              int T) {
-  long *start = (long *)malloc(B * sizeof(long));
-  if (!start) die("no memory for a batch of %d: lower --batch_size", B);
+  long *start = (long *)host_alloc(NULL, B * sizeof(long));
   for (int b = 0; b < B; b++)
-    start[b] = random_bits(~seed, index * B + b) % (text->train_size - T);
+    start[b] = random_bits(seed ^ BATCHES, index * B + b) % (text->train_size - T);
   load_windows(m, text->byte, start, B, T);
   free(start);
 }
 
 typedef struct { double loss, accuracy; } Score;   // nats per token; the share of hits
-typedef struct { Model *model; int B, T; Stats *stats; } Evaluation;
-
-static void evaluate_windows(void *argument) {
-  Evaluation *e = (Evaluation *)argument;
-  forward(e->model, e->B, e->T);
-  add_loss(e->stats, e->model->loss, e->model->hit, e->B * e->T);
-}
 
 // The mean over all consecutive windows of T tokens in bytes begin..end-1, targets shifted by one;
 // a last partial window is dropped. At least one window must fit.
-static Score evaluate(Model *m, const Text *text, long begin, long end, int T, int progress) {
-  Evaluation e = {m, 0, T, m->stats + EVALUATION};
+static Score evaluate(Model *m, const Text *text, long begin, long end, int T) {
+  MicroBatch batch = {m, 0, T, 0};
   Stats sum = {0, 0, 0};
-  copy_in(e.stats, &sum, sizeof sum);
+  copy_in(m->stats + EVALUATION, &sum, sizeof sum);
   long windows = (end - begin - 1) / T, most = m->rows / T;
-  long *start = (long *)malloc(most * sizeof(long));
-  if (!start) die("no memory for a batch of %ld: lower --batch_size", most);
+  long *start = (long *)host_alloc(NULL, most * sizeof(long));
   double started = seconds(), shown = started;
-  for (long w = 0; w < windows; w += e.B) {
-    e.B = (int)MIN(most, windows - w);
-    for (int b = 0; b < e.B; b++) start[b] = begin + (w + b) * T;
-    load_windows(m, text->byte, start, e.B, T);
-    launch(evaluate_windows, &e);
-    if (progress && seconds() > shown + 0.2) {
+  for (long w = 0; w < windows; w += batch.B) {
+    batch.B = (int)MIN(most, windows - w);
+    for (int b = 0; b < batch.B; b++) start[b] = begin + (w + b) * T;
+    load_windows(m, text->byte, start, batch.B, T);
+    launch(forward_counted, &batch);
+    if (isatty(2) && seconds() > shown + 0.2) {
       shown = seconds();
-      fprintf(stderr, "\r  evaluating: %ld of %ld windows, %.0f s left  ", w + e.B, windows,
-              (shown - started) * (windows - w - e.B) / (w + e.B));
+      fprintf(stderr, "\r  evaluating: %ld of %ld windows, %.0f s left  ", w + batch.B,
+              windows, (shown - started) * (windows - w - batch.B) / (w + batch.B));
     }
   }
-  if (progress && shown > started) fprintf(stderr, "\r%60s\r", "");
+  if (shown > started) fprintf(stderr, "\r%60s\r", "");
   free(start);
-  copy_out(&sum, e.stats, sizeof sum);
+  copy_out(&sum, m->stats + EVALUATION, sizeof sum);
   Score score = {sum.loss / ((double)windows * T), sum.hits / ((double)windows * T)};
   return score;
 }
@@ -1324,8 +1346,7 @@ static void append(String *s, const char *format, ...) {
     long n = vsnprintf(s->at ? s->at + s->size : NULL, s->room - s->size, format, args);
     va_end(args);
     if (n < s->room - s->size) { s->size += n; return; }
-    s->at = (char *)realloc(s->at, s->room = 2*s->room + n + 1);
-    if (!s->at) die("no memory for a text of %ld bytes", s->room);
+    s->at = (char *)host_alloc(s->at, s->room = 2*s->room + n + 1);
   }
 }
 
@@ -1379,7 +1400,7 @@ static void safetensors_write(const char *path, const Numbers *list, int n, cons
   long at = 0, most = 1;
   append(&header, "{\"__metadata__\":%s", metadata);
   for (int i = 0; i < n; i++) {
-    long count = (long)list[i].rows * MAX(list[i].cols, 1), bytes = count * sizeof(real);
+    long bytes = count_of(list[i].rows, list[i].cols) * sizeof(real);
     append(&header, ",\"%s%s\":{\"dtype\":\"%s\",\"shape\":[%d", list[i].prefix, list[i].name,
            sizeof(real) == 4 ? "F32" : "F64", list[i].rows);
     if (list[i].cols) append(&header, ",%d", list[i].cols);
@@ -1391,13 +1412,12 @@ static void safetensors_write(const char *path, const Numbers *list, int n, cons
   while (header.size % 8) append(&header, " ");           // so that the numbers are aligned
   unsigned char length[8];
   for (int i = 0; i < 8; i++) length[i] = (unsigned char)((uint64_t)header.size >> 8*i);
-  void *buffer = malloc(most);
-  if (!buffer) die("no memory for %ld bytes, to save %s", most, path);
+  void *buffer = host_alloc(NULL, most);
   Output out = output_open(path);
   output_write(&out, length, 8);
   output_write(&out, header.at, header.size);
   for (int i = 0; i < n; i++) {
-    long bytes = (long)list[i].rows * MAX(list[i].cols, 1) * sizeof(real);
+    long bytes = count_of(list[i].rows, list[i].cols) * sizeof(real);
     copy_out(buffer, list[i].data, bytes);
     output_write(&out, buffer, bytes);
   }
@@ -1408,7 +1428,14 @@ static void safetensors_write(const char *path, const Numbers *list, int n, cons
 
 // A reader of JSON that trusts nothing: at every byte it knows what may come, and says where it
 // found something else.
-typedef struct { const char *path, *begin, *at, *end; } Json;
+typedef struct {
+  const char *path, *begin, *at, *end;
+  int first;               // in an object or array of which no member has been read yet
+} Json;
+static Json json_of(const char *path, const char *text, long size) {
+  Json j = {path, text, text, text + size, 0};
+  return j;
+}
 
 __attribute__((noreturn))
 static void json_error(Json *j, const char *expected) {
@@ -1423,13 +1450,15 @@ static void json_expect(Json *j, char c) {
   char expected[] = {'\'', c, '\'', 0};
   if (json_peek(j) != c) json_error(j, expected);
   j->at++;
+  j->first = c == '{' || c == '[';
 }
-// The start of the next member (or element), in a loop: true for each, false after the last.
-static int json_more(Json *j, char close, int *first) {
-  if (json_peek(j) == close) { j->at++; return 0; }
-  if (!*first) json_expect(j, ',');
-  *first = 0;
-  return 1;
+// for (json_expect(j, '{'); json_more(j, '}'); ) goes through the members; likewise with [ ].
+static int json_more(Json *j, char close) {
+  int more = json_peek(j) != close;
+  if (!more) j->at++;
+  else if (!j->first) json_expect(j, ',');
+  j->first = 0;
+  return more;
 }
 // A string as it stands between its quotes; escapes are checked for form but not decoded, and names
 // are compared as they stand. The result lies in the text itself: begin and length.
@@ -1445,6 +1474,11 @@ static Span json_string(Json *j) {
   json_expect(j, '"');
   return s;
 }
+static Span json_key(Json *j) {   // of a member of an object, and the colon
+  Span s = json_string(j);
+  json_expect(j, ':');
+  return s;
+}
 static long json_integer(Json *j) {   // 0 or more
   long n = 0, digits = 0;
   for (json_peek(j); j->at < j->end && isdigit((unsigned char)*j->at); j->at++, digits++)
@@ -1454,17 +1488,13 @@ static long json_integer(Json *j) {   // 0 or more
   return n;
 }
 static void json_skip(Json *j, int depth) {   // any value
-  int first = 1;
   char c = json_peek(j);
   if (depth > 64) json_error(j, "less nesting");
   if (c == '"') json_string(j);
   else if (c == '{') {
-    for (j->at++; json_more(j, '}', &first); json_skip(j, depth + 1)) {
-      json_string(j);
-      json_expect(j, ':');
-    }
+    for (json_expect(j, '{'); json_more(j, '}'); json_skip(j, depth + 1)) json_key(j);
   } else if (c == '[') {
-    for (j->at++; json_more(j, ']', &first); ) json_skip(j, depth + 1);
+    for (json_expect(j, '['); json_more(j, ']'); ) json_skip(j, depth + 1);
   } else {
     const char *start = j->at;
     while (j->at < j->end && (isalnum((unsigned char)*j->at) || strchr("+-.", *j->at)) && *j->at)
@@ -1496,21 +1526,18 @@ static int dtype_size(const char *dtype) {
   return 0;
 }
 
-static Saved read_saved(Json *j) {   // {"dtype": .., "shape": [..], "data_offsets": [.., ..]}
-  Saved s = {json_string(j), "", 0, {0}, -1, -1};
-  int first = 1, inner, have = 0;
-  json_expect(j, ':');
-  json_expect(j, '{');
-  while (json_more(j, '}', &first)) {
-    Span key = json_string(j);
-    json_expect(j, ':');
+// {"dtype": .., "shape": [..], "data_offsets": [.., ..]}
+static Saved read_saved(Json *j, Span name) {
+  Saved s = {name, "", 0, {0}, -1, -1};
+  int have = 0;
+  for (json_expect(j, '{'); json_more(j, '}'); ) {
+    Span key = json_key(j);
     if (span_is(key, "dtype")) {
       Span dtype = json_string(j);
       snprintf(s.dtype, sizeof s.dtype, "%.*s", (int)MIN(dtype.size, 7), dtype.at);
       have |= 1;
     } else if (span_is(key, "shape")) {
-      json_expect(j, '[');
-      for (s.dims = 0, inner = 1; json_more(j, ']', &inner); s.dims++) {
+      for (s.dims = 0, json_expect(j, '['); json_more(j, ']'); s.dims++) {
         if (s.dims == 8) json_error(j, "a shape of at most 8 dimensions");
         s.shape[s.dims] = json_integer(j);
       }
@@ -1584,33 +1611,25 @@ static Safetensors safetensors_open(const char *path) {
   if (size > 100000000 || (long)size > info.st_size - 8)
     die("%s: its header should have %llu bytes, the file has %ld: truncated, or not safetensors?",
         path, (unsigned long long)size, (long)info.st_size);
-  st.header = (char *)malloc(size + 1);
-  if (!st.header) die("%s: no memory for its header of %ld bytes", path, (long)size);
-  if (fread(st.header, 1, size, st.file) != size) die("%s: %s", path, "its header cannot be read");
+  st.header = (char *)host_alloc(NULL, size + 1);
+  if (fread(st.header, 1, size, st.file) != size) die("%s: its header cannot be read", path);
   st.data_at = 8 + (long)size;
-  Json j = {path, st.header, st.header, st.header + size};
-  int first = 1, inner, room = 0, seen = 0;
+  Json j = json_of(path, st.header, (long)size);
+  int room = 0;
   if (!size || *st.header != '{') json_error(&j, "'{'");
-  j.at++;
-  while (json_more(&j, '}', &first)) {
-    json_peek(&j);
-    if (j.end - j.at >= 14 && !memcmp(j.at, "\"__metadata__\"", 14)) {
-      json_string(&j);
-      if (seen++) json_error(&j, "__metadata__ once");
-      json_expect(&j, ':');
-      json_peek(&j);
-      st.metadata.at = j.at;
-      json_expect(&j, '{');
-      for (inner = 1; json_more(&j, '}', &inner); json_string(&j)) {
-        json_string(&j);
-        json_expect(&j, ':');
-      }
-      st.metadata.size = j.at - st.metadata.at;
+  for (json_expect(&j, '{'); json_more(&j, '}'); ) {
+    Span name = json_key(&j);
+    if (!span_is(name, "__metadata__")) {
+      if (st.n == room)
+        st.tensor = (Saved *)host_alloc(st.tensor, (room = 2*room + 64) * sizeof(Saved));
+      st.tensor[st.n++] = read_saved(&j, name);
       continue;
     }
-    if (st.n == room) st.tensor = (Saved *)realloc(st.tensor, (room = 2*room + 64) * sizeof(Saved));
-    if (!st.tensor) die("%s: no memory for its %d tensors", path, room);
-    st.tensor[st.n++] = read_saved(&j);
+    if (st.metadata.size) json_error(&j, "__metadata__ once");
+    json_peek(&j);
+    st.metadata.at = j.at;
+    for (json_expect(&j, '{'); json_more(&j, '}'); json_string(&j)) json_key(&j);
+    st.metadata.size = j.at - st.metadata.at;
   }
   while (j.at < j.end && *j.at == ' ') j.at++;
   if (j.at < j.end) json_error(&j, "only spaces after the last '}'");
@@ -1643,9 +1662,8 @@ static double half_to_double(unsigned bits) {   // IEEE binary16
 static real *safetensors_read(const Safetensors *st, const Saved *s) {
   int size = dtype_size(s->dtype), name = (int)MIN(s->name.size, 80);
   long n = (s->end - s->begin) / size;
-  unsigned char *raw = (unsigned char *)malloc(n * size + 1);
-  real *numbers = (real *)malloc(n * sizeof(real) + 1);
-  if (!raw || !numbers) die("%s: no memory to read %.*s", st->path, name, s->name.at);
+  unsigned char *raw = (unsigned char *)host_alloc(NULL, n * size);
+  real *numbers = (real *)host_alloc(NULL, n * sizeof(real));
   if (fseek(st->file, st->data_at + s->begin, SEEK_SET) ||
       (long)fread(raw, size, n, st->file) != n)
     die("%s: %.*s cannot be read: truncated?", st->path, name, s->name.at);
@@ -1677,7 +1695,7 @@ static void read_tensor(const Safetensors *st, const char *prefix, const char *n
         cols ? "," : "", cols);
   }
   real *numbers = safetensors_read(st, s);
-  copy_in(device, numbers, (long)rows * MAX(cols, 1) * sizeof(real));
+  copy_in(device, numbers, count_of(rows, cols) * sizeof(real));
   free(numbers);
 }
 
@@ -1691,31 +1709,24 @@ static Config read_config(const char *folder) {
   long size;
   join(path, folder, "config.json");
   char *text = read_file(path, &size);
-  Json j = {path, text, text, text + size};
-  int first = 1;
-  json_expect(&j, '{');
-  while (json_more(&j, '}', &first)) {
-    Span key = json_string(&j);
-    json_expect(&j, ':');
-    int found = 0;
-    for (int i = 0; i < 5; i++)
-      if (span_is(key, wanted[i].key)) {
-        long value = json_integer(&j);
-        if (value < 1 || value > wanted[i].most)
-          die("%s: %s is %ld, expected 1 to %d", path, wanted[i].key, value, wanted[i].most);
-        *wanted[i].value = (int)value;
-        found = 1;
-      }
-    json_peek(&j);
-    double epsilon = span_is(key, "layer_norm_epsilon") ? strtod(j.at, NULL) : 1e-5;
-    if (fabs(epsilon - 1e-5) > 1e-9)
-      die("%s: layer_norm_epsilon is %g, this program has 1e-5 only", path, epsilon);
-    if (span_is(key, "activation_function") && json_peek(&j) == '"') {
+  Json j = json_of(path, text, size);
+  for (json_expect(&j, '{'); json_more(&j, '}'); ) {
+    Span key = json_key(&j);
+    int i = 0, quoted = json_peek(&j) == '"';
+    while (i < 5 && !span_is(key, wanted[i].key)) i++;
+    if (i < 5) {
+      long value = json_integer(&j);
+      if (value < 1 || value > wanted[i].most)
+        die("%s: %s is %ld, expected 1 to %d", path, wanted[i].key, value, wanted[i].most);
+      *wanted[i].value = (int)value;
+    } else if (span_is(key, "activation_function") && quoted) {
       Span name = json_string(&j);
       if (!span_is(name, "gelu_new"))
         die("%s: activation_function is %.*s, this program has gelu_new only", path,
             (int)MIN(name.size, 80), name.at);
-    } else if (!found) json_skip(&j, 0);
+    } else if (span_is(key, "layer_norm_epsilon") && fabs(strtod(j.at, NULL) - 1e-5) > 1e-9) {
+      die("%s: layer_norm_epsilon is %g, this program has 1e-5 only", path, strtod(j.at, NULL));
+    } else json_skip(&j, 0);
   }
   if (json_peek(&j) || j.at < j.end) json_error(&j, "nothing after the last '}'");
   for (int i = 0; i < 5; i++)
@@ -1763,8 +1774,7 @@ static real *part_of_state(Model *m, int part, const Entry *e) {
 }
 
 static void save_model(Model *m, const char *folder, const char *state_metadata) {
-  Numbers *list = (Numbers *)malloc(3 * m->n_parameters * sizeof(Numbers));
-  if (!list) die("no memory for a list of %d tensors", 3 * m->n_parameters);
+  Numbers *list = (Numbers *)host_alloc(NULL, 3 * m->n_parameters * sizeof(Numbers));
   for (int part = 0; part < 3; part++)
     for (int i = 0; i < m->n_parameters; i++) {
       Entry *e = &m->parameter[i];
@@ -1790,6 +1800,8 @@ static void read_state(Model *m, const Safetensors *st) {
 }
 
 // ---- 9. Training ------------------------------------------------------------------------------
+// In this order: an update; samples; log and plot; saving and resuming; what a person sees; at the
+// end the loop, train(). A reader in a hurry needs update() and train().
 
 static struct {
   const char *text, *out, *init, *optimizer, *precision;
@@ -1798,20 +1810,19 @@ static struct {
   double learning_rate, min_lr, weight_decay, beta1, beta2, grad_clip;
 } opt;   // each has the name of its option: room 10
 
-static const char *const OPTIMIZER[] = {"sgd", "momentum", "adagrad", "adadelta", "rmsprop", "adam",
-                                        "adamw"};
-
 // A model in training. Usually there is one; --compare has two, that see the same tokens.
 typedef struct {
   const char *name;
   Model model;
+  MicroBatch batch;        // stays where it is, so that launch_again() can replay it
   int accumulate;          // micro-batches per update
   long updates;
   double seconds;          // in training: no evaluation, no saving
   long looked_at;          // updates whose loss the host has seen
-  double since;            // and when it began with the next
+  double since;            // when it began with those that it has not
   double loss, accuracy, norm;   // of the last that was looked at
-  Score val, val_at_equal_updates;
+  Score val;
+  double val_at_equal_updates;   // the loss, when single-step has made as many as multi-step will
 } Arm;
 
 typedef struct {           // of log.csv
@@ -1829,35 +1840,20 @@ static struct {
   int round_size;          // micro-batches of a round
   Row *row;
   long rows, room;
-  long saved;              // after which update: then nothing is new, and nothing is written
-  double started, shown;
+  long saved;              // the update after which --resume began: it need not be saved again
+  double shown;            // when the live line was
   int on_terminal;
 } run;
 
-static volatile sig_atomic_t interrupted;
-static void on_interrupt(int signal_number) {
-  (void)signal_number;
-  if (interrupted) _exit(130);   // the second Ctrl-C
-  interrupted = 1;
-}
-
-// Linear warmup, then half a cosine down to min_lr; in micro-batches' worth of steps when arms are
-// compared, so that both have the same rate at the same token.
-static double learning_rate(double step) {
+// Linear warmup, then half a cosine down to min_lr. When arms are compared a step is a micro-batch,
+// so that both have the same rate at the same token.
+static double learning_rate(const Arm *arm, long updates) {   // updates: how many there were before
+  double step = (double)updates * (run.arms == 2 ? arm->accumulate : 1);
   double low = MIN(opt.min_lr, opt.learning_rate);
   if (step < opt.warmup) return opt.learning_rate * (step + 1) / (opt.warmup + 1);
   if (step >= opt.max_steps) return low;
   double done = (step - opt.warmup) / (opt.max_steps - opt.warmup);
   return low + (opt.learning_rate - low) * (1 + cos(3.141592653589793 * done)) / 2;
-}
-
-typedef struct { Model *model; int B, T; real dloss; } MicroBatch;
-
-static void micro_batch(void *argument) {   // adds to the gradients
-  MicroBatch *b = (MicroBatch *)argument;
-  forward(b->model, b->B, b->T);
-  add_loss(b->model->stats + CURRENT, b->model->loss, b->model->hit, b->B * b->T);
-  backward(b->model, b->B, b->T, b->dloss);
 }
 
 typedef struct { Model *model; Update u; int slot; } UpdateStep;
@@ -1876,7 +1872,7 @@ static void update_step(void *argument) {   // from the gradients, which it zero
   zero(m->weights.grad, m->n_weights);
 }
 
-static Update update_values(long updates, double rate) {   // updates: how many there were before
+static Update update_values(long updates, double rate) {
   Update u;
   memset(&u, 0, sizeof u);
   for (u.optimizer = 0; strcmp(opt.optimizer, OPTIMIZER[u.optimizer]); ) u.optimizer++;
@@ -1891,55 +1887,53 @@ static Update update_values(long updates, double rate) {   // updates: how many 
 // optimizer. The loss is a sum over tokens divided by the tokens of the whole update, so this is
 // one batch that is accumulate times as large.
 static void update(Arm *arm, double rate) {
-  static MicroBatch b[2];                      // where it was, so that it may be replayed
-  MicroBatch *batch = &b[arm - run.arm];
   int B = opt.batch_size, T = opt.block_size;
-  batch->model = &arm->model; batch->B = B; batch->T = T;
-  batch->dloss = (real)(1.0 / ((double)arm->accumulate * B * T));
+  MicroBatch batch = {&arm->model, B, T, (real)(1.0 / ((double)arm->accumulate * B * T))};
+  arm->batch = batch;
   for (int k = 0; k < arm->accumulate; k++) {
     load_micro_batch(&arm->model, &run.text, opt.seed, arm->updates * arm->accumulate + k, B, T);
-    launch_again(micro_batch, batch);
+    launch_again(micro_batch, &arm->batch);
   }
   UpdateStep step = {&arm->model, update_values(arm->updates, rate),
-                     (int)(arm->updates % (N_STATS - KEPT))};
+                     (int)(arm->updates % STATS_KEPT)};
   launch(update_step, &step);
   arm->updates++;
 }
 
-static Row *add_row(Row row) {
-  if (run.rows == run.room) {
-    run.row = (Row *)realloc(run.row, (run.room = 2*run.room + 1024) * sizeof(Row));
-    if (!run.row) die("no memory for a log of %ld rows", run.room);
-  }
-  run.row[run.rows] = row;
-  return &run.row[run.rows++];
+static void add_row(Row row) {
+  if (run.rows == run.room)
+    run.row = (Row *)host_alloc(run.row, (run.room = 2*run.room + 1024) * sizeof(Row));
+  run.row[run.rows++] = row;
 }
 
-static long tokens_of(const Arm *arm) {
-  return arm->updates * arm->accumulate * opt.batch_size * opt.block_size;
+static long update_tokens(const Arm *arm) {   // that one update sees
+  return (long)arm->accumulate * opt.batch_size * opt.block_size;
 }
+static long tokens_of(const Arm *arm) { return arm->updates * update_tokens(arm); }   // so far
 
-// Looks at the updates from `first` on, which took this long: a row for each.
-static void read_stats(Arm *arm, long first, double took) {
-  Stats kept[N_STATS - KEPT];
-  copy_out(kept, arm->model.stats + KEPT, sizeof kept);
-  long n = arm->updates - first;
-  long per_update = (long)arm->accumulate * opt.batch_size * opt.block_size;   // tokens
-  for (long u = first; u < arm->updates; u++) {
-    Stats *s = &kept[u % (N_STATS - KEPT)];
-    arm->loss = s->loss / per_update;
-    arm->accuracy = s->hits / per_update;
+// A row for each update that the host has not looked at yet.
+static void read_stats(Arm *arm) {
+  Stats kept[STATS_KEPT];
+  copy_out(kept, arm->model.stats + KEPT, sizeof kept);   // a GPU must finish before time is taken
+  double each = (seconds() - arm->since) / (arm->updates - arm->looked_at);
+  long tokens = update_tokens(arm);
+  for (long u = arm->looked_at; u < arm->updates; u++) {
+    Stats *s = &kept[u % STATS_KEPT];
+    arm->loss = s->loss / tokens;
+    arm->accuracy = s->hits / tokens;
     arm->norm = sqrt(s->norm2);
-    arm->seconds += took / n;
+    arm->seconds += each;
     if (!isfinite(arm->loss) || !isfinite(arm->norm))
       die("step %ld: the loss is %g, the gradient's norm %g: the last good checkpoint is kept; "
           "lower --learning_rate, or set --grad_clip", u + 1, arm->loss, arm->norm);
-    Row row = {(int)(arm - run.arm), u + 1, (u + 1) * per_update, arm->loss, arm->accuracy,
-               arm->norm, learning_rate((double)u * (run.arms == 2 ? arm->accumulate : 1)),
-               NAN, NAN, took / n, arm->seconds};
+    Row row = {(int)(arm - run.arm), u + 1, (u + 1) * tokens, arm->loss, arm->accuracy, arm->norm,
+               learning_rate(arm, u), NAN, NAN, each, arm->seconds};
     add_row(row);
   }
+  arm->looked_at = arm->updates;
 }
+
+// ---- Samples
 
 // The number of bytes of the UTF-8 character at p, of which n bytes are there: 1 to 4; 0 if what is
 // there is the beginning of one; -1 if it is none.
@@ -1970,34 +1964,26 @@ static long print_text(const unsigned char *p, long n, int last) {
   return i;
 }
 
-typedef struct { Model *model; int B, T; } ForwardOnly;
-static void forward_only(void *argument) {
-  ForwardOnly *f = (ForwardOnly *)argument;
-  forward(f->model, f->B, f->T);
-}
-
 // A few lines that the model writes after a line break: bytes drawn from softmax(logits / 0.8).
 // The whole context is computed again for each byte; generate.c does better.
 static void print_sample(Model *m, long seed) {
   unsigned char text[512] = "\n";
-  int T = m->config.block_size, V = m->config.vocab_size;
-  double per_byte = model_flop(m, T, T) / 3;
-  int n = (int)MIN(240, MAX(40, 5e10 / per_byte));
-  real *logits = (real *)malloc(V * sizeof(real));
-  if (!logits) die("no memory for %d logits", V);
+  int T = m->config.block_size, V = m->config.vocab_size, words = MIN(V, 256);
+  int n = (int)MIN(240, MAX(40, 5e10 / (model_flop(m, T, T) / 3)));   // shorter if that is slow
+  real *logits = (real *)host_alloc(NULL, V * sizeof(real));
   for (int i = 1; i <= n; i++) {
-    long start = MAX(0, i - MIN(T, m->rows));
-    ForwardOnly f = {m, 1, (int)(i - start)};
+    int start = MAX(0, i - T);
+    MicroBatch f = {m, 1, i - start, 0};
     int token[512];
     for (int t = 0; t < f.T; t++) token[t] = MIN(text[start + t], V - 1);
     copy_in(m->token, token, f.T * sizeof(int));
     launch(forward_only, &f);
     copy_out(logits, m->logits.data + (long)(f.T - 1) * V, V * sizeof(real));
     double sum = 0, max = logits[0], draw = random_uniform(seed, i);
-    for (int v = 0; v < MIN(V, 256); v++) max = MAX(max, logits[v]);
-    for (int v = 0; v < MIN(V, 256); v++) sum += logits[v] = (real)exp((logits[v] - max) / 0.8);
+    for (int v = 0; v < words; v++) max = MAX(max, logits[v]);
+    for (int v = 0; v < words; v++) sum += logits[v] = (real)exp((logits[v] - max) / 0.8);
     int v = 0;
-    for (draw *= sum; v < MIN(V, 256) - 1 && draw >= logits[v]; v++) draw -= logits[v];
+    for (draw *= sum; v < words - 1 && draw >= logits[v]; v++) draw -= logits[v];
     text[i] = (unsigned char)v;
   }
   printf("  | ");
@@ -2010,36 +1996,12 @@ static void print_sample(Model *m, long seed) {
   free(logits);
 }
 
-static void time_text(char *out, double t) {   // 1:02:03 or 2:03; out has 32 bytes
-  long s = t > 0 && t < 1e9 ? (long)(t + 0.5) : 0;
-  if (s >= 3600) snprintf(out, 32, "%ld:%02ld:%02ld", s / 3600, s / 60 % 60, s % 60);
-  else snprintf(out, 32, "%ld:%02ld", s / 60, s % 60);
-}
-
-static int by_value(const void *a, const void *b) {
-  double x = *(const double *)a, y = *(const double *)b;
-  return (x > y) - (x < y);
-}
-
-static double median_step(int arm) {   // seconds of an update; NaN if there was none
-  long n = 0;
-  double *t = (double *)malloc((run.rows + 1) * sizeof(double));
-  if (!t) die("no memory for %ld times", run.rows);
-  for (long i = 0; i < run.rows; i++)
-    if (run.row[i].arm == arm && run.row[i].update) t[n++] = run.row[i].step_seconds;
-  qsort(t, n, sizeof(double), by_value);
-  double median = n ? t[n / 2] : NAN;
-  free(t);
-  return median;
-}
-
-static const char LOG_HEAD[] =
-  "arm,update,tokens,train_loss,train_accuracy,grad_norm,learning_rate,val_loss,val_accuracy,"
-  "step_seconds,seconds\n";
+// ---- log.csv and loss.svg
 
 static void write_log(void) {
   String s = {NULL, 0, 0};
-  append(&s, "%s", LOG_HEAD);
+  append(&s, "arm,update,tokens,train_loss,train_accuracy,grad_norm,learning_rate,val_loss,"
+         "val_accuracy,step_seconds,seconds\n");
   for (long i = 0; i < run.rows; i++) {
     Row *r = &run.row[i];
     append(&s, "%s,%ld,%ld,%.6f,%.6f,%.6f,%.6g,", run.arm[r->arm].name, r->update, r->tokens,
@@ -2139,12 +2101,10 @@ static void write_plot(void) {
   Axes a = {0, 1, INFINITY, -INFINITY};
   for (long i = 0; i < run.rows; i++) {
     a.x1 = MAX(a.x1, run.row[i].tokens);
-    if (isfinite(run.row[i].train_loss)) a.y0 = MIN(a.y0, run.row[i].train_loss);
-    if (isfinite(run.row[i].val_loss)) a.y0 = MIN(a.y0, run.row[i].val_loss);
-    a.y1 = fmax(a.y1, fmax(run.row[i].val_loss, run.row[i].train_loss));   // NaN: none
+    a.y0 = fmin(a.y0, fmin(run.row[i].val_loss, run.row[i].train_loss));   // which pass over NaN
+    a.y1 = fmax(a.y1, fmax(run.row[i].val_loss, run.row[i].train_loss));
   }
-  double floor_ = run.text.floor[1];
-  if (isfinite(floor_)) a.y0 = MIN(a.y0, floor_);
+  a.y0 = fmin(a.y0, run.text.floor);
   if (!(a.y1 > a.y0)) return;
   a.y0 = MAX(0, a.y0 - 0.05 * (a.y1 - a.y0));
   String s = {NULL, 0, 0};
@@ -2156,11 +2116,11 @@ static void write_plot(void) {
            opt.n_head, opt.n_embd, opt.block_size, opt.optimizer);
   svg_text(&s, LEFT, 28, "font-size=\"16\"", title);
   svg_axes(&s, a);
-  if (isfinite(floor_)) {
+  if (isfinite(run.text.floor)) {
     append(&s, "<path d=\"M%d %.1fH%d\" stroke=\"#555\" stroke-dasharray=\"5 4\"/>\n", LEFT,
-           plot_y(a, floor_), WIDTH - RIGHT);
-    snprintf(label, sizeof label, "floor %.3f", floor_);
-    svg_text(&s, WIDTH - RIGHT + 8, plot_y(a, floor_) + 4, "fill=\"#555\"", label);
+           plot_y(a, run.text.floor), WIDTH - RIGHT);
+    snprintf(label, sizeof label, "floor %.3f", run.text.floor);
+    svg_text(&s, WIDTH - RIGHT + 8, plot_y(a, run.text.floor) + 4, "fill=\"#555\"", label);
   }
   for (int arm = 0; arm < run.arms; arm++) {      // thin: training; thick: validation
     snprintf(style, sizeof style, "stroke=\"%s\" stroke-width=\"1\" opacity=\"0.45\"", color[arm]);
@@ -2224,14 +2184,10 @@ static void save(Arm *arm) {
 
 // The value of a key in the metadata, in a buffer of 4096 bytes; 0 if it is not there.
 static int metadata_value(const Safetensors *st, const char *key, char *value) {
-  Json j = {st->path, st->metadata.at, st->metadata.at, st->metadata.at + st->metadata.size};
-  int first = 1, found = 0;
+  Json j = json_of(st->path, st->metadata.at, st->metadata.size);
   if (!st->metadata.size) return 0;
-  json_expect(&j, '{');
-  while (!found && json_more(&j, '}', &first)) {
-    Span name = json_string(&j);
-    json_expect(&j, ':');
-    Span text = json_string(&j);
+  for (json_expect(&j, '{'); json_more(&j, '}'); ) {
+    Span name = json_key(&j), text = json_string(&j);
     if (!span_is(name, key)) continue;
     long n = 0;
     for (long i = 0; i < text.size && n < 4095; i++)
@@ -2239,9 +2195,9 @@ static int metadata_value(const Safetensors *st, const char *key, char *value) {
       else if (text.at[++i] != 'u') value[n++] = text.at[i];
       else value[n++] = (char)strtol(text.at + i + 1, NULL, 16), i += 4;
     value[n] = 0;
-    found = 1;
+    return 1;
   }
-  return found;
+  return 0;
 }
 
 static void resume(Arm *arm, const Safetensors *st) {
@@ -2263,9 +2219,8 @@ static void resume(Arm *arm, const Safetensors *st) {
   read_log(arm, arm->updates);
 }
 
-static Score evaluate_arm(Arm *arm) {
-  arm->val = evaluate(&arm->model, &run.text, run.text.train_size, run.text.size, opt.block_size,
-                      run.on_terminal && isatty(2));
+static void evaluate_arm(Arm *arm) {
+  arm->val = evaluate(&arm->model, &run.text, run.text.train_size, run.text.size, opt.block_size);
   if (!isfinite(arm->val.loss))
     die("step %ld: the validation loss is %g: the last good checkpoint is kept; lower "
         "--learning_rate", arm->updates, arm->val.loss);
@@ -2273,12 +2228,11 @@ static Score evaluate_arm(Arm *arm) {
     if (run.row[i].arm == arm - run.arm && run.row[i].update == arm->updates) {
       run.row[i].val_loss = arm->val.loss;
       run.row[i].val_accuracy = arm->val.accuracy;
-      return arm->val;
+      return;
     }
   Row row = {(int)(arm - run.arm), arm->updates, tokens_of(arm), NAN, NAN, NAN, NAN, arm->val.loss,
              arm->val.accuracy, NAN, arm->seconds};
   add_row(row);                                    // before the first update
-  return arm->val;
 }
 
 // ---- What a person sees
@@ -2293,9 +2247,8 @@ static void human(char *out, double x, const char *unit) {   // 834304 -> "834.3
 
 static void print_header(const char *device) {
   const Model *m = &run.arm[0].model;
-  double batch = (double)opt.batch_size * opt.block_size, all = batch * opt.max_steps;
+  double batch = update_tokens(&run.arm[0]), all = batch * opt.max_steps;
   char count[32], bytes[32], tokens[32], flop[32];
-  if (run.arms == 1) all *= opt.accumulate, batch *= opt.accumulate;
   human(count, m->count, "");
   human(bytes, run.arms * model_bytes(m), "B");
   human(tokens, all, "");
@@ -2304,21 +2257,25 @@ static void print_header(const char *device) {
          count, opt.n_layer, opt.n_head, opt.n_embd, opt.block_size, opt.vocab_size);
   printf("text    %s: %ld bytes, %ld to train, %ld to validate", opt.text, run.text.size,
          run.text.train_size, run.text.size - run.text.train_size);
-  if (isfinite(run.text.floor[1])) printf("; floor %.4f nats per byte", run.text.floor[1]);
+  if (isfinite(run.text.floor)) printf("; floor %.4f nats per byte", run.text.floor);
   printf("\nsteps   %d of %s, %.0f tokens (%d x %d x %d), %s each; %s tokens, %.1f passes\n",
-         opt.max_steps, opt.optimizer, batch, run.arms == 1 ? opt.accumulate : 1, opt.batch_size,
+         opt.max_steps, opt.optimizer, batch, run.arm[0].accumulate, opt.batch_size,
          opt.block_size, flop, tokens, all / run.text.train_size);
   printf("device  %s, threads %d, memory %s; results go to %s/\n", device, opt.threads, bytes,
          opt.out);
   fflush(stdout);
 }
 
+static void time_text(char *out, double t) {   // 1:02:03 or 2:03; out has 32 bytes
+  long s = t > 0 && t < 1e9 ? (long)(t + 0.5) : 0;
+  if (s >= 3600) snprintf(out, 32, "%ld:%02ld:%02ld", s / 3600, s / 60 % 60, s % 60);
+  else snprintf(out, 32, "%ld:%02ld", s / 60, s % 60);
+}
+
 static double seconds_left(void) {
-  double done = 0, took = 0, left = 0;
-  for (int i = 0; i < run.arms; i++) done = run.arm[i].updates, took += run.arm[i].seconds;
-  done /= run.rounds;
-  if (done > 0) left = took / done * (1 - done);
-  return left;
+  const Arm *last = &run.arm[run.arms - 1];        // a round is one update of it
+  double took = run.arm[0].seconds + run.arm[1].seconds;
+  return last->updates ? took / last->updates * (run.rounds - last->updates) : 0;
 }
 
 static void print_progress(const Arm *arm, const char *end) {
@@ -2392,7 +2349,7 @@ static const char *ahead(double single, double multi) {
 static void print_verdict(void) {
   Arm *s = &run.arm[0], *m = &run.arm[1];
   double t = MIN(s->seconds, m->seconds), s_time = val_at_time(0, t), m_time = val_at_time(1, t);
-  double s_equal = s->val_at_equal_updates.loss;
+  double s_equal = s->val_at_equal_updates;
   printf("\nAt equal tokens (%ld each), single-step made %ld updates and has validation loss %.4f, "
          "multi-step made %ld and has %.4f: %s by %.4f. ", tokens_of(s), s->updates, s->val.loss,
          m->updates, m->val.loss, ahead(s->val.loss, m->val.loss), fabs(s->val.loss - m->val.loss));
@@ -2406,7 +2363,42 @@ static void print_verdict(void) {
          "sample, so differences as small as those between seeds mean nothing.\n\n");
 }
 
+// ---- Where the time went: --profile
+
+static struct { const char *name; long calls; double seconds, flop, bytes; } profile[64];
+
+static void profile_add(const char *name, double seconds, double flop, double bytes) {
+  int i = 0;
+  while (i < 63 && profile[i].name && strcmp(profile[i].name, name)) i++;
+  profile[i].name = name;
+  profile[i].calls++;
+  profile[i].seconds += seconds; profile[i].flop += flop; profile[i].bytes += bytes;
+}
+
+static void print_profile(void) {
+  double all = 0;
+  for (int i = 0; profile[i].name; i++) all += profile[i].seconds;
+  if (!profiling || !all) return;
+  printf("\n%-24s %9s %10s %7s %10s %8s\n", "layer", "calls", "ms", "share", "GFLOP/s", "GB/s");
+  for (int i = 0; profile[i].name; i++) {
+    double s = profile[i].seconds;
+    printf("%-24s %9ld %10.2f %6.1f%%", profile[i].name, profile[i].calls, s * 1e3, 100 * s / all);
+    if (profile[i].flop) printf(" %10.1f", profile[i].flop / s * 1e-9);
+    else printf(" %10s", "");
+    if (profile[i].bytes) printf(" %8.1f", profile[i].bytes / s * 1e-9);
+    printf("\n");
+  }
+  printf("%-24s %9s %10.2f %6.1f%%\n\n", "all layers", "", all * 1e3, 100.0);
+}
+
 // ---- The training loop
+
+static volatile sig_atomic_t interrupted;
+static void on_interrupt(int signal_number) {
+  (void)signal_number;
+  if (interrupted) _exit(130);   // the second Ctrl-C
+  interrupted = 1;
+}
 
 static void check_memory(double needed) {   // before any is taken: some systems promise too much
   double there = device_memory();
@@ -2427,14 +2419,14 @@ static void prepare(Safetensors *state) {
   check_sizes(config, opt.batch_size);
   const char *device = device_start(opt.threads);
   device_precision(opt.precision);
-  run.arms = opt.compare ? 2 : 1;
-  run.round_size = opt.compare ? opt.compare : opt.accumulate;
-  run.rounds = opt.compare ? opt.max_steps / opt.compare : opt.max_steps;
   run.on_terminal = isatty(1);
+  run.arms = opt.compare ? 2 : 1;
   run.arm[0].name = opt.compare ? "single" : "train";
   run.arm[1].name = "multi";
   run.arm[0].accumulate = opt.compare ? 1 : opt.accumulate;
   run.arm[1].accumulate = opt.compare;
+  run.round_size = run.arm[run.arms - 1].accumulate;
+  run.rounds = opt.max_steps / (opt.compare ? opt.compare : 1);
   for (int i = 0; i < run.arms; i++)
     model_plan(&run.arm[i].model, config, opt.batch_size * opt.block_size, 1, 0);
   check_memory(run.arms * model_bytes(&run.arm[0].model));
@@ -2472,27 +2464,42 @@ static void evaluate_and_save(int final) {
 static void train_arm(Arm *arm, int evaluation_follows) {
   for (int k = arm->accumulate; k <= run.round_size; k += arm->accumulate) {
     if (arm->looked_at == arm->updates) arm->since = seconds();
-    update(arm, learning_rate((double)arm->updates * (run.arms == 2 ? arm->accumulate : 1)));
+    update(arm, learning_rate(arm, arm->updates));
     int last = k == run.round_size && (evaluation_follows || run.arms == 2);
     if (arm->updates - arm->looked_at >= STEPS_AHEAD || last || interrupted) {
-      read_stats(arm, arm->looked_at, seconds() - arm->since);
-      arm->looked_at = arm->updates;
+      read_stats(arm);
       if (run.on_terminal || !evaluation_follows || k < run.round_size) show(arm);
     }
-    if (run.arms == 2 && arm == run.arm && arm->updates == run.rounds)
-      arm->val_at_equal_updates = evaluate_arm(arm);
+    if (run.arms == 2 && arm == run.arm && arm->updates == run.rounds) {
+      evaluate_arm(arm);
+      arm->val_at_equal_updates = arm->val.loss;
+    }
   }
+}
+
+static int by_value(const void *a, const void *b) {
+  double x = *(const double *)a, y = *(const double *)b;
+  return (x > y) - (x < y);
+}
+
+static double median_step(int arm) {   // seconds of an update; NaN if there was none
+  long n = 0;
+  double *t = (double *)host_alloc(NULL, run.rows * sizeof(double));
+  for (long i = 0; i < run.rows; i++)
+    if (run.row[i].arm == arm && run.row[i].update) t[n++] = run.row[i].step_seconds;
+  qsort(t, n, sizeof(double), by_value);
+  double median = n ? t[n / 2] : NAN;
+  free(t);
+  return median;
 }
 
 static void print_last_line(void) {
   Arm *arm = &run.arm[0];
-  double tokens = (double)arm->accumulate * opt.batch_size * opt.block_size, t = median_step(0);
+  double tokens = update_tokens(arm), t = median_step(0);
   printf("step %ld | train %.4f | val %.4f | %.2f ms/step | %.0f tokens/s | %.1f GFLOP/s | "
          "threads %d\n", arm->updates, arm->loss, arm->val.loss, t * 1e3, tokens / t,
          model_flop(&arm->model, tokens, opt.block_size) / t * 1e-9, opt.threads);
 }
-
-static void print_profile(void);
 
 // Trains, from the start or from a saved state. Returns the exit code: 130 after Ctrl-C.
 static int train(Safetensors *state) {
@@ -2504,13 +2511,16 @@ static int train(Safetensors *state) {
   int every = opt.compare ? MAX(1, opt.eval_interval / opt.compare) : opt.eval_interval;
   for (long round = run.arm[0].updates; !interrupted; round++) {
     int done = round >= run.rounds;
-    if (opt.eval_interval && (done || round % every == 0)) evaluate_and_save(done);
+    if (every && (done || round % every == 0)) evaluate_and_save(done);
     if (done) break;
     for (int i = 0; i < run.arms; i++)
       train_arm(&run.arm[i], round + 1 == run.rounds || (every && (round + 1) % every == 0));
   }
-  if (run.arms == 1 && (interrupted || !opt.eval_interval || !opt.max_steps)) save(&run.arm[0]);
-  if (interrupted || !opt.eval_interval) write_log(), write_plot();
+  for (int i = 0; i < run.arms; i++)
+    if (run.arm[i].looked_at < run.arm[i].updates) read_stats(&run.arm[i]);
+  // What no evaluation has saved
+  if (run.arms == 1 && (interrupted || !every || !opt.max_steps)) save(&run.arm[0]);
+  if (interrupted || !every) write_log(), write_plot();
   if (interrupted) {
     printf("\nstopped after step %ld%s\n", run.arm[0].updates,
            run.arms == 1 ? ", which is saved: go on with --resume" : "");
@@ -2523,8 +2533,9 @@ static int train(Safetensors *state) {
   return 0;
 }
 
-// --eval: the loss of all of TEXT under the model in --out. T: 0, or a shorter window.
-static int evaluate_text(Config config, int T) {
+// --eval: the loss of all of TEXT under the model in --out.
+static int evaluate_text(Config config) {
+  int T = opt.block_size;                          // the model's, or a shorter window
   check_sizes(config, opt.batch_size);
   device_start(opt.threads);
   device_precision(opt.precision);
@@ -2536,40 +2547,12 @@ static int evaluate_text(Config config, int T) {
   check_memory(model_bytes(&m));
   model_allocate(&m);
   read_weights(&m, opt.out);
-  Score score = evaluate(&m, &text, 0, text.size, T, isatty(2));
+  Score score = evaluate(&m, &text, 0, text.size, T);
   printf("text %s: %ld windows of %d tokens\nperplexity %.4f\nbits per byte %.6f\naccuracy %.4f\n"
          "loss %.6f\n", opt.text, (text.size - 1) / T, T, exp(score.loss), score.loss / log(2),
          score.accuracy, score.loss);
   model_free(&m);
   return 0;
-}
-
-// ---- Where the time went: --profile
-
-static struct { const char *name; long calls; double seconds, flop, bytes; } profile[64];
-
-static void profile_add(const char *name, double seconds, double flop, double bytes) {
-  int i = 0;
-  while (i < 63 && profile[i].name && strcmp(profile[i].name, name)) i++;
-  profile[i].name = name;
-  profile[i].calls++;
-  profile[i].seconds += seconds; profile[i].flop += flop; profile[i].bytes += bytes;
-}
-
-static void print_profile(void) {
-  double all = 0;
-  for (int i = 0; profile[i].name; i++) all += profile[i].seconds;
-  if (!profiling || !all) return;
-  printf("\n%-24s %9s %10s %7s %10s %8s\n", "layer", "calls", "ms", "share", "GFLOP/s", "GB/s");
-  for (int i = 0; profile[i].name; i++) {
-    double s = profile[i].seconds;
-    printf("%-24s %9ld %10.2f %6.1f%%", profile[i].name, profile[i].calls, s * 1e3, 100 * s / all);
-    if (profile[i].flop) printf(" %10.1f", profile[i].flop / s * 1e-9);
-    else printf(" %10s", "");
-    if (profile[i].bytes) printf(" %8.1f", profile[i].bytes / s * 1e-9);
-    printf("\n");
-  }
-  printf("%-24s %9s %10.2f %6.1f%%\n\n", "all layers", "", all * 1e3, 100.0);
 }
 
 // ---- 10. Options and main ---------------------------------------------------------------------
@@ -2699,55 +2682,65 @@ static int parse_options(Option *table, int argc, char **argv, const char *usage
   return n;
 }
 
+// The value of an option as it would be typed; room has 32 bytes.
+static const char *option_text(const Option *o, char *room) {
+  if (o->kind == TEXT) return *(const char **)o->value;
+  if (o->kind == NUMBER) snprintf(room, 32, "%.17g", *(double *)o->value);
+  else snprintf(room, 32, "%d", *(int *)o->value);
+  return room;
+}
+
 static void append_options(String *s) {
+  char room[32];
   append(s, ",\"text\":");
   append_json(s, opt.text);
   for (Option *o = train_options; o->name; o++) {
     if (!o->saved) continue;
     append(s, ",\"%s\":", o->name);
-    if (o->kind == TEXT) append_json(s, *(const char **)o->value);
-    else if (o->kind == NUMBER) append(s, "\"%.17g\"", *(double *)o->value);
-    else append(s, "\"%d\"", *(int *)o->value);
+    append_json(s, option_text(o, room));
   }
 }
 
 #ifndef NO_MAIN
 // The options of the run that was saved hold unless others are given now; sizes cannot change.
 static void read_options(const Safetensors *st) {
-  char value[4096], text[4096];
+  char value[4096], room[32];
   for (Option *o = train_options; o->name; o++) {
     if (!o->saved || !metadata_value(st, o->name, value)) continue;
-    int whole = *(int *)o->value;
-    const char *words = o->kind == TEXT ? *(const char **)o->value : "";
-    int same = o->kind == TEXT ? !strcmp(words, value) : whole == atoi(value);
-    if (o->given && o->saved == 2 && !same)
-      die("--resume with --%s %.0d%s, but %s has %s: leave the option out, or start anew without "
-          "--resume", o->name, o->kind == TEXT ? 0 : whole, words, st->path, value);
+    const char *now = option_text(o, room);
+    if (o->given && o->saved == 2 && strcmp(now, value))
+      die("--resume with --%s %s, but %s has %s: leave the option out, or start anew without "
+          "--resume", o->name, now, st->path, value);
     if (!o->given) set_option(o, o->kind == TEXT ? strdup(value) : value);
   }
-  if (!opt.text && metadata_value(st, "text", text)) opt.text = strdup(text);
+  if (!opt.text && metadata_value(st, "text", value)) opt.text = strdup(value);
+}
+
+static Option *option_named(const char *name) {   // one that there is
+  Option *o = train_options;
+  while (strcmp(o->name, name)) o++;
+  return o;
 }
 
 static void use_config(Config c, const char *folder) {   // its sizes, unless others were asked for
   const struct { const char *name; int value; } sizes[] = {
     {"n_layer", c.n_layer}, {"n_head", c.n_head}, {"n_embd", c.n_embd},
     {"block_size", c.block_size}, {"vocab_size", c.vocab_size}};
-  for (int i = 0; i < 5; i++)
-    for (Option *o = train_options; o->name; o++) {
-      if (strcmp(o->name, sizes[i].name)) continue;
-      if (o->given && *(int *)o->value != sizes[i].value)
-        die("--%s %d, but the model in %s has %d: leave the option out", o->name,
-            *(int *)o->value, folder, sizes[i].value);
-      *(int *)o->value = sizes[i].value;
-    }
+  for (int i = 0; i < 5; i++) {
+    Option *o = option_named(sizes[i].name);
+    int *value = (int *)o->value;
+    if (o->given && *value != sizes[i].value)
+      die("--%s %d, but the model in %s has %d: leave the option out", o->name, *value, folder,
+          sizes[i].value);
+    *value = sizes[i].value;
+  }
 }
 
 static void check_options(void) {
   int known = 0;
   for (int i = 0; i < N_OPTIMIZERS; i++) known |= !strcmp(opt.optimizer, OPTIMIZER[i]);
   if (!known)
-    die("--optimizer %s: expected sgd, momentum, adagrad, adadelta, rmsprop, adam or adamw",
-        opt.optimizer);
+    die("--optimizer %s: expected %s", opt.optimizer, option_named("optimizer")->help);
   if (opt.n_embd % opt.n_head)
     die("--n_embd %d is not divisible by --n_head %d: each head needs as many channels", opt.n_embd,
         opt.n_head);
@@ -2800,13 +2793,11 @@ int main(int argc, char **argv) {
   if (!opt.text) opt.text = "data/tales.txt";
   if (opt.eval) {
     Config config = read_config(opt.out);
-    int given = 0;
-    for (Option *o = train_options; o->name; o++)
-      given |= o->given && !strcmp(o->name, "block_size");
-    if (given && opt.block_size > config.block_size)
+    if (!option_named("block_size")->given) opt.block_size = config.block_size;
+    if (opt.block_size > config.block_size)
       die("--block_size %d, but the model in %s has %d", opt.block_size, opt.out,
           config.block_size);
-    return finish(evaluate_text(config, given ? opt.block_size : config.block_size));
+    return finish(evaluate_text(config));
   }
   if (opt.init) use_config(read_config(opt.init), opt.init);
   check_options();

@@ -26,6 +26,7 @@
 #define GPU
 #endif
 #define DEVICE __host__ __device__
+#define STEPS_AHEAD 16                   // updates between two looks at the loss, see train_arm()
 #ifdef __CUDACC__
 #pragma nv_diag_suppress 177             // what a program leaves unused of train.c
 #define UNROLL _Pragma("unroll")         // keeps arrays in registers: they cannot be indexed
