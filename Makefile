@@ -120,7 +120,7 @@ RACE_OUT = $(if $(filter %_race,$(OUT)),$(OUT),test_gradients_race)
 $(RACE_OUT): $(OBJECTS)/race.o $B/gpu_float.o $B/c_double.o
 	$(CXX) -fsanitize=$(SANITIZE) -o $@ $^ $(LIBS)
 
-$(OBJECTS)/race.o: $(SOURCES)/test_gradients.c $(OBJECTS)/train_gpu.h
+$(OBJECTS)/race.o: $(SOURCES)/test_gradients.c $(OBJECTS)/train_gpu.h $(SOURCES)/train.c
 	$(CXX) -x c++ -std=c++17 -O1 -g -fsanitize=$(SANITIZE) $(WARN) -I. '-DKERNELS="$(OBJECTS)/train_gpu.h"' \
 	  -DGPU -DWARPS=2 -DMOVE_EACH=0 $(EXTRA) -c -o $@ $<
 
