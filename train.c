@@ -317,8 +317,8 @@ enum { VECTOR_BYTES = 16, ROWS = 4 };    // 16 registers of SSE2, or whatever th
 typedef real vec __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
 enum {
   VECTOR = VECTOR_BYTES / sizeof(real), COLUMNS = 2 * VECTOR,   // of a tile
-  DEPTH = 1024 / sizeof(real),   // of a panel of B: 256 floats x 32 columns are 32 KB
-  BLOCK = 384                    // rows of a job, a multiple of ROWS: 384 x 256 floats are 384 KB
+  DEPTH = 2048 / sizeof(real),   // of a panel of B: 512 floats x 32 columns are 64 KB
+  BLOCK = 384                    // rows of a job, a multiple of ROWS: of A 384 x 512 floats, 768 KB
 };
 #define UNROLL _Pragma("GCC unroll 16")   // keeps the sums of a tile in registers
 
