@@ -117,8 +117,12 @@ race: test_gradients_race
 	TSAN_OPTIONS=halt_on_error=1 ASAN_OPTIONS=detect_leaks=0 ./test_gradients_race
 
 RACE_OUT = $(if $(filter %_race,$(OUT)),$(OUT),test_gradients_race)
-$(RACE_OUT): $(OBJECTS)/race.o $B/gpu_float.o $B/c_double.o
+$(RACE_OUT): $(OBJECTS)/race.o $B/$(if $(ON_GPU),race,gpu)_float.o $B/c_double.o
 	$(CXX) -fsanitize=$(SANITIZE) -o $@ $^ $(LIBS)
+
+$B/race_float.o: test_gradients.c $B/train_gpu.h train.c   # emulated where gpu_float.o is not
+	$(CXX) -x c++ -std=c++17 -O2 -g $(WARN) -I. '-DKERNELS="$B/train_gpu.h"' -DGPU \
+	  -DLEND=gpu_float -DREAL=float -c -o $@ $<
 
 $(OBJECTS)/race.o: $(SOURCES)/test_gradients.c $(OBJECTS)/train_gpu.h $(SOURCES)/train.c
 	$(CXX) -x c++ -std=c++17 -O1 -g -fsanitize=$(SANITIZE) $(WARN) -I. '-DKERNELS="$(OBJECTS)/train_gpu.h"' \
@@ -147,6 +151,12 @@ data/shakespeare.txt:
 	@sum=`{ sha256sum $@.tmp || shasum -a 256 $@.tmp; } 2>/dev/null | cut -d ' ' -f 1`; \
 	if [ "$$sum" = "$(SHA256)" ]; then mv $@.tmp $@; else rm -f $@.tmp; \
 	  echo "what came is not tiny Shakespeare: its SHA-256 is $$sum, expected $(SHA256)"; exit 1; fi
+
+# The README's picture: single-step against accumulated updates.
+data/compare.svg: data/shakespeare.txt train
+	@mkdir -p run
+	./train $< --compare 4 --max_steps 1000 --out run/compare
+	cp run/compare/loss.svg $@
 
 # Step time, tokens/s and GFLOP/s of three sizes of model: the median of the steps of a run. Then
 # tokens/s of generate, and how near that is to reading the weights and doing nothing else.

@@ -2319,8 +2319,10 @@ static void print_compare_row(void) {
   printf("%10ld", tokens_of(&run.arm[0]));
   for (int i = 0; i < 2; i++) {
     Arm *a = &run.arm[i];
-    printf(" | %7ld %7.4f %7.4f %4.1f%% %7.3f %5.1f", a->updates, a->loss, a->val.loss,
-           100 * a->val.accuracy, a->norm, a->seconds);
+    printf(" | %7ld ", a->updates);
+    if (a->updates) printf("%7.4f", a->loss);
+    else printf("%7s", "-");
+    printf(" %7.4f %4.1f%% %7.3f %5.1f", a->val.loss, 100 * a->val.accuracy, a->norm, a->seconds);
   }
   printf("\n");
   fflush(stdout);
