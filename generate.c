@@ -563,6 +563,7 @@ static void write_samples(Writer *w) {
     printf("\nbyte       p   | the five likeliest, and what was chosen <\n");
     text_loss(w, text_of(w, 0), prompt.n, prompt.n + gen.tokens, 1);
   }
+  fflush(stdout);                      // the text before what is said of it
   if (gen.beam)
     fprintf(stderr, "beam %d: log p %.3f, score %.4f\n", gen.beam, written.score,
             written.score / pow(gen.tokens, gen.length_penalty));
