@@ -242,15 +242,6 @@ static void *worker(void *id) {
   return NULL;
 }
 
-static void launch(void (*work)(void *), void *argument) {
-  launched = work; its_argument = argument;
-  barrier();
-  work(argument);
-  barrier();
-}
-
-static void launch_again(void (*work)(void *), void *argument) { launch(work, argument); }
-
 static const char *device_start(int threads) {
   n_threads = threads;
   for (int i = 1; i < threads; i++) {
@@ -265,6 +256,15 @@ static const char *device_start(int threads) {
 static void device_precision(const char *name) {
   if (strcmp(name, "fp32")) die("--precision %s: the CPU has fp32, ./train_gpu also tf32", name);
 }
+
+static void launch(void (*work)(void *), void *argument) {
+  launched = work; its_argument = argument;
+  barrier();
+  work(argument);
+  barrier();
+}
+
+static void launch_again(void (*work)(void *), void *argument) { launch(work, argument); }
 
 static double device_memory(void) {
   return (double)sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE);
@@ -292,13 +292,13 @@ static void lap(const char *name, double flop, double bytes) {
 
 // ---- 3. Layers --------------------------------------------------------------------------------
 
-// The matmul. C = A B, (M,N) = (M,K) (K,N): 95 % of the time of training is spent here, so this is
+// The matmul. C = A B, (M,N) = (M,K) (K,N): four fifths of the time of training go here, so this is
 // the one place, with attention, that is written for speed. From the top of the ladder down:
 //   1. The naive three loops load two numbers for each multiply-add, and wait for memory.
 //   2. A tile of C, ROWS x 2 vectors, stays in registers while K products are added to it: then
 //      a step of k loads ROWS numbers of A and 2 vectors of B for 2*ROWS vector multiply-adds.
 //   3. A tile walks down the rows of A against one panel of B, DEPTH x COLUMNS, which stays in the
-//      innermost cache. The panel is a packed copy of B: consecutive whatever B's strides are, so
+//      core's own cache. The panel is a packed copy of B: consecutive whatever B's strides are, so
 //      that a transposed B costs a strided walk once, not in every tile. A is read where it is,
 //      but if it is transposed, then it is packed, too, in panels of ROWS rows.
 //   4. C is cut into jobs of some rows x some panels, shared among the threads.
