@@ -29,13 +29,22 @@
 // This one rule, window_of(), holds for prompts, for writing and for the loss of a text, so that
 // the loss is that of the very probabilities the text was written with.
 
+// A matrix w (C,O) and its bias, for linear_step(): panels of COLUMNS columns, each C x COLUMNS
+// numbers in a row. So a step reads memory from front to back, which is what it does fastest, and
+// each thread reads panels of its own.
+typedef struct { const real *panel, *bias; int C, O; } Panels;
+typedef struct { Panels c_attn, attn_proj, c_fc, mlp_proj; } BlockPanels;
+
 typedef struct {
   Model model;
+  BlockPanels *block;      // the matrices of the L blocks, once more
+  Panels head;             // wte, transposed: logits = x wte^T
+  real *packed;            // the memory of all panels
   int most, rows;          // rows there is memory for; rows being written
   long room, n;            // bytes there is memory for in each; each is so long, prompt included
   long start;              // the byte at position 0 of the window
   unsigned char *text;     // [most][room]
-  real *cache;             // [L][most][T][2C]: key and value of each token of the window
+  real *cache;             // [L][most][H][2][T][D]: keys and values of the tokens of the window
   int *cell;               // [most][T]: in which row of the cache a text's token t is
   real *att;               // [most][H][T], scratch of attention_step()
   unsigned char *old_text; // reorder() copies from these when rows change places
@@ -55,9 +64,11 @@ static int *cell_of(Writer *w, int row) {
 static real *logits_of(Writer *w, int row) {      // of what comes after the newest byte
   return w->model.logits.data + (long)row * w->model.config.vocab_size;
 }
-static real *cache_at(Writer *w, int layer, int row, long t) {   // the key; the value is C further
-  long T = w->model.config.block_size;
-  return w->cache + (((long)layer * w->most + row) * T + t) * 2 * w->model.config.n_embd;
+enum { KEY, VALUE };
+static real *cache_at(Writer *w, int layer, int row, int head, int which, int t) {
+  Config c = w->model.config;
+  long before = (((long)layer * w->most + row) * c.n_head + head) * 2 + which;
+  return w->cache + (before * c.block_size + t) * (c.n_embd / c.n_head);
 }
 
 // Describes a writer of at most `most` texts of `room` bytes. As in model_plan(), takes no memory.
@@ -73,11 +84,15 @@ static void writer_allocate(Writer *w) {
   size_t tokens = (size_t)w->most * c.block_size, texts = w->most * w->room;
   size_t cells = tokens * sizeof(int), att = tokens * c.n_head * sizeof(real);
   size_t cache = tokens * c.n_layer * 2 * c.n_embd * sizeof(real);
-  double needed = model_bytes(&w->model) + cache + att + 2.0 * (texts + cells);
+  size_t padding = (7L*c.n_layer + 1) * c.n_embd * COLUMNS;   // a last panel may be part empty
+  size_t packed = (w->model.count + padding) * sizeof(real);
+  double needed = model_bytes(&w->model) + packed + cache + att + 2.0 * (texts + cells);
   if (needed > device_memory())
     die("%d texts at once need %.1f GB, the machine has %.1f GB: lower --beam, --samples or "
         "--tokens", w->most, needed / 1e9, device_memory() / 1e9);
   model_allocate(&w->model);
+  w->block = (BlockPanels *)device_alloc(c.n_layer * sizeof(BlockPanels));
+  w->packed = (real *)device_alloc(packed);
   w->cache = (real *)device_alloc(cache);
   w->att = (real *)device_alloc(att);
   w->text = (unsigned char *)device_alloc(texts);
@@ -88,60 +103,59 @@ static void writer_allocate(Writer *w) {
 
 static void writer_free(Writer *w) {
   model_free(&w->model);
-  device_free(w->cache); device_free(w->att); device_free(w->text); device_free(w->old_text);
-  device_free(w->cell); device_free(w->old_cell);
+  device_free(w->block); device_free(w->packed); device_free(w->cache); device_free(w->att);
+  device_free(w->text); device_free(w->old_text); device_free(w->cell); device_free(w->old_cell);
 }
 
-// y[n,o] = sum_c x[n,c] w[c,o] + b[o] for N <= FEW rows of a step, and o = from..to-1. Reading w
-// is all the cost, and it is read once for all rows: so nothing is packed. The walk down w takes
-// four rows at a time, each in the order it lies in memory, and asks for the next four meanwhile;
-// each vector that is loaded meets all rows n. The sums are in y, and must stay in the innermost
-// cache: so there are at most NEAR of them in a walk. y[n,o] is always the same sum in the same
-// order, however many rows and threads there are.
-enum { FEW = 16, NEAR = 6144, AHEAD = 4 };        // NEAR floats are 24 KB; AHEAD: rows of w
-static void columns_step(real *y, const real *x, const real *w, const real *bias, int N, int C,
-                         int O, int from, int to) {
-  for (int n = 0; n < N; n++) memcpy(y + (long)n*O + from, bias + from, (to - from) * sizeof(real));
-  for (int c = 0; c < C; c += 4) {
-    const real *row[4];
-    real x4[FEW][4];                              // x[n,c..c+3]; what is not there counts as 0
-    for (int i = 0; i < 4; i++) row[i] = w + (long)MIN(c + i, C - 1) * O;
-    for (int n = 0; n < N; n++)
-      for (int i = 0; i < 4; i++) x4[n][i] = c + i < C ? x[(long)n*C + c + i] : 0;
-    int o = from;
-    for (; o + VECTOR <= to; o += VECTOR) {
-      vec w0 = *(const vec *)(row[0] + o), w1 = *(const vec *)(row[1] + o);
-      vec w2 = *(const vec *)(row[2] + o), w3 = *(const vec *)(row[3] + o);
-      for (int i = 0; i < 4; i++) __builtin_prefetch(row[i] + o + (long)AHEAD*O);
-      UNROLL for (int n = 0; n < N; n++) {
-        vec *sum = (vec *)(y + (long)n*O + o);
-        *sum = *sum + x4[n][0]*w0 + x4[n][1]*w1 + x4[n][2]*w2 + x4[n][3]*w3;
-      }
+// Copies w (C,O) into panels, from *room on, and moves *room behind them.
+static Panels pack_matrix(real **room, Matrix w, const real *bias, int C, int O) {
+  Panels p = {*room, bias, C, O};
+  for (int o = 0; o < O; o += COLUMNS, *room += (long)C*COLUMNS)
+    pack(*room, COLUMNS, part_of(w, 0, o), C, MIN(COLUMNS, O - o));
+  return p;
+}
+static Panels pack_affine(real **room, Affine p, int C, int O) {
+  return pack_matrix(room, rows_of(p.weight.data, O), p.bias.data, C, O);
+}
+
+// To be called when the weights are there. They stay as they are, too: whole windows go through
+// forward().
+static void pack_weights(Writer *w) {
+  Model *m = &w->model;
+  int C = m->config.n_embd;
+  real *room = w->packed;
+  for (int l = 0; l < m->config.n_layer; l++) {
+    const Block *p = &m->block[l];
+    BlockPanels *panels = &w->block[l];
+    panels->c_attn = pack_affine(&room, p->c_attn, C, 3*C);
+    panels->attn_proj = pack_affine(&room, p->attn_proj, C, C);
+    panels->c_fc = pack_affine(&room, p->c_fc, C, 4*C);
+    panels->mlp_proj = pack_affine(&room, p->mlp_proj, 4*C, C);
+  }
+  w->head = pack_matrix(&room, transpose(rows_of(m->wte.data, C)), NULL, C, m->config.vocab_size);
+}
+
+// y[n,o] = sum_c x[n,c] w[c,o] + b[o], for the N rows of a step. Reading w is all the cost as long
+// as N is small, and it is read once for all rows: each panel from front to back, and its sums stay
+// in registers. That is the tile() of train.c, and one of FEW rows, which costs less arithmetic.
+// y[n,o] is the same sum in the same order, however many rows and threads there are.
+enum { FEW = 4 };
+__attribute__((noinline))
+static void few_tile(real *c, long c_row, Matrix a, const real *panel, int rows, int columns,
+                     int depth, int add, const real *bias) {
+  tile_of(FEW, c, c_row, a, panel, rows, columns, depth, add, bias);
+}
+
+static void linear_step(Tensor y, Tensor x, Panels p, int N) {
+  parallel_for (panel, (p.O + COLUMNS - 1) / COLUMNS) {
+    int o = panel * COLUMNS, columns = MIN(COLUMNS, p.O - o);
+    for (int n = 0; n < N; n += ROWS) {
+      int rows = MIN(ROWS, N - n);
+      (rows > FEW ? tile : few_tile)(y.data + (long)n*p.O + o, p.O,
+                                     rows_of(x.data + (long)n*p.C, p.C), p.panel + (long)o*p.C,
+                                     rows, columns, p.C, 0, p.bias ? p.bias + o : NULL);
     }
-    for (; o < to; o++)
-      for (int n = 0; n < N; n++)
-        for (int i = 0; i < 4; i++) y[(long)n*O + o] += x4[n][i] * row[i][o];
   }
-}
-
-static void linear_step(Tensor y, Tensor x, Affine p, int N, int C, int O) {
-  int blocks = (O + VECTOR - 1) / VECTOR;         // no thread's range cuts one
-  parallel_for (part, n_threads) {
-    int from = (int)(blocks * part / n_threads) * VECTOR;
-    int to = MIN(O, (int)(blocks * (part + 1) / n_threads) * VECTOR);
-    int width = NEAR / MIN(FEW, N) / VECTOR * VECTOR;
-    for (int n = 0; n < N; n += FEW)
-      for (int o = from; o < to; o += width)
-        columns_step(y.data + (long)n*O, x.data + (long)n*C, p.weight.data, p.bias.data,
-                     MIN(FEW, N - n), C, O, o, MIN(to, o + width));
-  }
-}
-
-// logits[n,v] = sum_c x[n,c] wte[v,c]: a row of wte is read once, and meets all rows n
-static void head_step(Tensor logits, Tensor x, Tensor wte, int N, int C, int V) {
-  parallel_for (v, V)
-    for (int n = 0; n < N; n++)
-      logits.data[(long)n*V + v] = dot(x.data + (long)n*C, wte.data + v*C, C);
 }
 
 // Attention of one token a row, at position t, to those at positions 0..t: the keys and values of
@@ -151,18 +165,17 @@ static void attention_step(Writer *w, Tensor out, Tensor qkv, int layer, int t) 
   int T = w->model.config.block_size;
   real scale = 1 / sqrt_(D);
   parallel_for (nh, w->rows * H) {
-    int n = nh / H, column = nh % H * D, *cell = cell_of(w, n);
-    const real *q = qkv.data + (long)n*3*C + column;
-    real *o = out.data + (long)n*C + column, *att = w->att + nh*T;
-    real *own = cache_at(w, layer, cell[t], t) + column;
-    memcpy(own, q + C, D * sizeof(real));
-    memcpy(own + C, q + 2*C, D * sizeof(real));
-    for (int s = 0; s <= t; s++) att[s] = dot(q, cache_at(w, layer, cell[s], s) + column, D);
+    int n = nh / H, h = nh % H, *cell = cell_of(w, n);
+    const real *q = qkv.data + (long)n*3*C + h*D;
+    real *o = out.data + (long)n*C + h*D, *att = w->att + nh*T;
+    memcpy(cache_at(w, layer, cell[t], h, KEY, t), q + C, D * sizeof(real));
+    memcpy(cache_at(w, layer, cell[t], h, VALUE, t), q + 2*C, D * sizeof(real));
+    for (int s = 0; s <= t; s++) att[s] = dot(q, cache_at(w, layer, cell[s], h, KEY, s), D);
     real sum = softmax_weights(att, t + 1, t + 1, max_of(att, t + 1), scale);
     for (int d = 0; d < D; d++) o[d] = 0;
     for (int s = 0; s <= t; s++) {
-      const real *v = cache_at(w, layer, cell[s], s) + C + column;
-      for (int d = 0; d < D; d++) o[d] += att[s] / sum * v[d];
+      const real *v = cache_at(w, layer, cell[s], h, VALUE, s), p = att[s] / sum;
+      for (int d = 0; d < D; d++) o[d] += p * v[d];
     }
   }
 }
@@ -171,27 +184,28 @@ static void attention_step(Writer *w, Tensor out, Tensor qkv, int layer, int t) 
 static void step(void *argument) {
   Writer *w = (Writer *)argument;
   Model *m = &w->model;
-  int N = w->rows, C = m->config.n_embd, V = m->config.vocab_size;
+  int N = w->rows, C = m->config.n_embd;
   int t = (int)(w->n - 1 - w->start);
   Tensor position = {m->wpe.data + (long)t*C, NULL}, x = m->embedding;   // wpe[t], for all rows
   embedding_forward(x, m->token, m->wte, position, N, 1, C);
   for (int l = 0; l < m->config.n_layer; l++) {
     Block *p = &m->block[l];
+    BlockPanels *panels = &w->block[l];
     Acts *a = &m->act[l];
     layernorm_forward(a->ln_1, a->ln_1_stats, x, p->ln_1, N, C);
-    linear_step(a->qkv, a->ln_1, p->c_attn, N, C, 3*C);
+    linear_step(a->qkv, a->ln_1, panels->c_attn, N);
     attention_step(w, a->attn, a->qkv, l, t);
-    linear_step(a->attn_proj, a->attn, p->attn_proj, N, C, C);
+    linear_step(a->attn_proj, a->attn, panels->attn_proj, N);
     residual_forward(a->x_mid, x, a->attn_proj, N, C);
     layernorm_forward(a->ln_2, a->ln_2_stats, a->x_mid, p->ln_2, N, C);
-    linear_step(a->fc, a->ln_2, p->c_fc, N, C, 4*C);
+    linear_step(a->fc, a->ln_2, panels->c_fc, N);
     gelu_forward(a->gelu, a->fc, N, 4*C);
-    linear_step(a->mlp_proj, a->gelu, p->mlp_proj, N, 4*C, C);
+    linear_step(a->mlp_proj, a->gelu, panels->mlp_proj, N);
     residual_forward(a->x, a->x_mid, a->mlp_proj, N, C);
     x = a->x;
   }
   layernorm_forward(m->x_f, m->x_f_stats, x, m->ln_f, N, C);
-  head_step(m->logits, m->x_f, m->wte, N, C, V);
+  linear_step(m->logits, m->x_f, w->head, N);
 }
 
 // forward() of n bytes from `start` on: logits and losses of all of them.
@@ -203,14 +217,17 @@ static void whole_window(Model *m, const unsigned char *text, long start, int n)
 
 // Fills the cache of a row with its window up to the newest byte; forward() has made all of it.
 static void fill_cache(Writer *w, int row) {
-  int C = w->model.config.n_embd, n = (int)(w->n - w->start);
+  int C = w->model.config.n_embd, H = w->model.config.n_head, D = C / H;
+  int n = (int)(w->n - w->start);
   if (!n) return;                                 // a context of one token keeps none
   whole_window(&w->model, text_of(w, row), w->start, n);
   for (int t = 0; t < n; t++) {
     cell_of(w, row)[t] = row;
     for (int l = 0; l < w->model.config.n_layer; l++)
-      memcpy(cache_at(w, l, row, t), w->model.act[l].qkv.data + (long)t*3*C + C,
-             2*C * sizeof(real));
+      for (int h = 0; h < H; h++)
+        for (int which = KEY; which <= VALUE; which++)
+          memcpy(cache_at(w, l, row, h, which, t),
+                 w->model.act[l].qkv.data + (3L*t + 1 + which)*C + h*D, D * sizeof(real));
   }
 }
 
@@ -655,16 +672,16 @@ static void score(Writer *w, const unsigned char *text, long n) {
 
 // ---- 5. Speed ---------------------------------------------------------------------------------
 
-// How many threads a step is worth. It has ten barriers a layer, of some 2 us each if there is
+// How many threads a step is worth. It has ten barriers a layer, of some 0.5 us each if there is
 // anybody to wait for (more on a busy machine); alone it reads weights at some 25 GB/s, and a row
-// more costs a sixteenth of that in arithmetic. So a model of a few MB is best read by one thread.
-// More must pay well, as each barrier waits for whichever core is busy with something else.
+// more costs a sixteenth of that in arithmetic. So a model of a MB is best read by one thread. More
+// must pay well, as each barrier waits for whichever core is busy with something else.
 static int worthwhile_threads(const Model *m, int rows, int cores) {
   double barriers = 10.0 * m->config.n_layer + 3, best = INFINITY;
   double alone = m->count * sizeof(real) * (1 + rows / 16.0) / 25e9;
   int threads = 1;
   for (int k = 1; k <= cores; k++) {
-    double t = alone / k + (k > 1) * barriers * 2e-6;
+    double t = alone / k + (k > 1) * barriers * 5e-7;
     if (t < 0.7 * best) best = t, threads = k;
   }
   return threads;
@@ -684,33 +701,33 @@ static void read_all(void *argument) {
   }
 }
 
-// Tokens a second, beside what reading the weights alone takes, in turns: the best of each counts,
-// as on a shared machine only the best says what the program can do.
+// Tokens a second, beside what reading the weights alone takes, in turns: of each some in a row,
+// as in use, and the first few do not count, which find memory as the other left it. Medians.
+enum { BENCH_ROWS = 16, TURN = 20, WARM_UP = 5 };
 static void bench(Writer *w) {
   Model *m = &w->model;
-  int T = m->config.block_size;
+  int T = MIN(m->config.block_size, 128);
   double bytes = (double)(m->count - entry_count(&m->parameter[1])) * sizeof(real);   // not wpe
-  double all = (double)m->n_weights * sizeof(real), read = INFINITY;
-  unsigned char byte[FEW] = "\n";
+  double all = (double)m->n_weights * sizeof(real), took[2][100*TURN];
+  unsigned char byte[BENCH_ROWS] = "\n";
   printf("%.2f M parameters, %.1f MB of weights, threads %d\n", m->count / 1e6, all / 1e6,
          n_threads);
   for (int rows = 1; rows <= w->most; rows *= 2) {
-    double best = INFINITY, now = seconds(), until = now + 2;
+    int n = 0;
     start_writing(w, byte, 1, rows);
-    while (now < until) {
-      double started = seconds();
-      launch(read_all, m);
-      now = seconds();
-      read = MIN(read, now - started);
-      if (w->n - w->start == MIN(T, 128)) start_writing(w, byte, 1, rows);
-      started = seconds();
-      advance(w, byte);
-      now = seconds();
-      if (w->n > 2) best = MIN(best, now - started);   // not of the step right after forward()
-    }
+    for (double until = seconds() + 3; n < 100*TURN && seconds() < until; n += TURN)
+      for (int writing = 0; writing < 2; writing++)
+        for (int i = -WARM_UP; i < TURN; i++) {
+          if (w->n - w->start >= T) start_writing(w, byte, 1, rows), i = -WARM_UP;
+          double started = seconds();
+          if (writing) advance(w, byte);
+          else launch(read_all, m);
+          if (i >= 0) took[writing][n + i] = seconds() - started;
+        }
+    double read = median(took[0], n), step = median(took[1], n);
     printf("rows %-3d %9.0f tokens/s | weights read at %6.1f GB/s, %3.0f %% of the %.1f GB/s that "
-           "reading alone reaches\n", rows, rows / best, bytes / best * 1e-9,
-           100 * bytes / best / (all / read), all / read * 1e-9);
+           "reading alone reaches\n", rows, rows / step, bytes / step * 1e-9,
+           100 * bytes / step / (all / read), all / read * 1e-9);
     fflush(stdout);
   }
 }
@@ -809,7 +826,7 @@ int main(int argc, char **argv) {
     fprintf(stderr, "generate: of %d words, only the first 256 are written, as bytes: a model "
             "whose tokens are something else will write nonsense\n", config.vocab_size);
   take_prompt(config);
-  int rows = gen.bench ? FEW : MAX(gen.beam, gen.samples);
+  int rows = gen.bench ? BENCH_ROWS : MAX(gen.beam, gen.samples);
   int cores = (int)MAX(1, MIN(1024, sysconf(_SC_NPROCESSORS_ONLN)));
   Writer w;
   writer_plan(&w, config, rows, gen.bench ? 1024 : prompt.n + gen.tokens);
@@ -817,6 +834,7 @@ int main(int argc, char **argv) {
   writer_allocate(&w);
   if (random) model_init(&w.model, 1);
   else read_weights(&w.model, gen.folder);
+  pack_weights(&w);
   if (gen.attention) write_attention(&w, prompt.byte, prompt.n, gen.attention);
   if (gen.bench) bench(&w);
   else if (gen.score) score(&w, prompt.byte, prompt.n);
@@ -852,6 +870,7 @@ static void test_model(Writer *w, int V, int T, int C, int most, long room) {
   for (long i = 0; i < w->model.n_weights; i++)
     if (i < w->model.n_matrices) w->model.weights.data[i] *= 12;
     else w->model.weights.data[i] += (real)(0.2 * random_normal(7, i));
+  pack_weights(w);
 }
 
 static void random_text(unsigned char *text, long n, int V) {

@@ -55,7 +55,10 @@ typedef struct { Tensor weight, bias; } Affine;   // the parameters of a linear 
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 
-static const char *program = "train";
+#ifndef PROGRAM
+#define PROGRAM "train"
+#endif
+static const char *program = PROGRAM;   // whose messages these are
 static int line_is_open;   // on a terminal: the live line waits to be written over
 
 // The one way out on an error: what was found, what was expected, what to do.
@@ -318,6 +321,7 @@ typedef real vec __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real))
 enum {
   VECTOR = VECTOR_BYTES / sizeof(real), COLUMNS = 2 * VECTOR,   // of a tile
   DEPTH = 2048 / sizeof(real),   // of a panel of B: 512 floats x 32 columns are 64 KB
+  AHEAD = 32,                    // rows of a panel that are asked for before they are needed
   BLOCK = 384                    // rows of a job, a multiple of ROWS: of A 384 x 512 floats, 768 KB
 };
 #define UNROLL _Pragma("GCC unroll 16")   // keeps the sums of a tile in registers
@@ -346,31 +350,40 @@ static inline void pack(real *panel, int width, Matrix m, int depth, int columns
       panel[k*width + j] = j < columns ? m.at[k*m.row + j*m.column] : 0;
 }
 
-// c[i,j] = (add ? c[i,j] : bias ? bias[j] : 0) + sum_k a[i,k] panel[k,j], for one tile of C.
-// A function of its own on purpose: inlined, GCC runs out of registers and spills the sums.
-__attribute__((noinline))
-static void tile(real *c, long c_row, Matrix a, const real *panel, int rows, int columns, int depth,
-                 int add, const real *bias) {
+// c[i,j] = (add ? c[i,j] : bias ? bias[j] : 0) + sum_k a[i,k] panel[k,j], for one tile of C. `most`
+// is a constant: how many rows there are registers for.
+__attribute__((always_inline))
+static inline void tile_of(const int most, real *c, long c_row, Matrix a, const real *panel,
+                           int rows, int columns, int depth, int add, const real *bias) {
   vec sum[ROWS][2];
   const real *row[ROWS];
-  UNROLL for (int i = 0; i < ROWS; i++) {
+  UNROLL for (int i = 0; i < most; i++) {
     row[i] = a.at + MIN(i, rows - 1)*a.row;       // rows that are not there repeat the last
     sum[i][0] = sum[i][1] = (vec){0};
   }
   for (int k = 0; k < depth; k++, panel += COLUMNS) {
+    __builtin_prefetch(panel + AHEAD*COLUMNS);    // of use where the panel is far: in generate.c
+    __builtin_prefetch(panel + AHEAD*COLUMNS + VECTOR);
     vec b0 = *(const vec *)panel, b1 = *(const vec *)(panel + VECTOR);
-    UNROLL for (int i = 0; i < ROWS; i++) {
+    UNROLL for (int i = 0; i < most; i++) {
       real x = row[i][k*a.column];
       sum[i][0] += x * b0;
       sum[i][1] += x * b1;
     }
   }
-  UNROLL for (int i = 0; i < ROWS; i++) {
+  UNROLL for (int i = 0; i < most; i++) {
     if (i == rows) break;
     real *y = c + i*c_row, s[COLUMNS];
     memcpy(s, sum[i], sizeof s);
     for (int j = 0; j < columns; j++) y[j] = s[j] + (add ? y[j] : bias ? bias[j] : 0);
   }
+}
+
+// A function of its own on purpose: inlined, GCC runs out of registers and spills the sums.
+__attribute__((noinline))
+static void tile(real *c, long c_row, Matrix a, const real *panel, int rows, int columns, int depth,
+                 int add, const real *bias) {
+  tile_of(ROWS, c, c_row, a, panel, rows, columns, depth, add, bias);
 }
 
 // C = A B + bias, or C += A B, by one thread; C is (M,N) with rows c_row apart, and M <= BLOCK.
@@ -2484,15 +2497,19 @@ static int by_value(const void *a, const void *b) {
   return (x > y) - (x < y);
 }
 
+static double median(double *t, long n) {   // sorts them
+  qsort(t, n, sizeof(double), by_value);
+  return n ? t[n / 2] : NAN;
+}
+
 static double median_step(int arm) {   // seconds of an update; NaN if there was none
   long n = 0;
   double *t = (double *)host_alloc(NULL, run.rows * sizeof(double));
   for (long i = 0; i < run.rows; i++)
     if (run.row[i].arm == arm && run.row[i].update) t[n++] = run.row[i].step_seconds;
-  qsort(t, n, sizeof(double), by_value);
-  double median = n ? t[n / 2] : NAN;
+  double seconds = median(t, n);
   free(t);
-  return median;
+  return seconds;
 }
 
 static void print_last_line(void) {
