@@ -783,6 +783,33 @@ static int judge_that(int ok, const char *what, const char *format, ...) {
   return count_verdict(ok, what, "");
 }
 
+// A program that ends in the middle, by die(), exit() or a crash, still says of what: the layer.
+static const char *checking;
+
+static void broke_off(void) {
+  if (!checking) return;
+#ifdef EMULATED
+  if (self) printf("in thread %d of kernel %s\n", self->id, gpu.kernel);
+#endif
+  printf("the first failure: %s: the program broke off here\n%d passed, %d failed\n",
+         *first_failure ? first_failure : checking, passed, failed + 1);
+  fflush(stdout);
+  checking = NULL;
+}
+
+static void crashed(int number) {
+  printf("signal %d: %s\n", number, strsignal(number));
+  broke_off();
+  _exit(1);
+}
+
+static void watch_for_crashes(void) {
+  setvbuf(stdout, NULL, _IOLBF, 1 << 16);   // so that no row is lost, nor half of one
+  atexit(broke_off);
+  signal(SIGSEGV, crashed); signal(SIGBUS, crashed);
+  signal(SIGFPE, crashed); signal(SIGABRT, crashed);
+}
+
 // ---- 2. Layers --------------------------------------------------------------------------------
 // A layer is registered with LAYER(name, stress, plain, (arguments), tensors): the arguments that
 // name_forward and name_backward take; their tensors, t[0] the output first, and what happens to
@@ -930,6 +957,8 @@ static void crossentropy_plain(Shape s, double **x, const int *ids) {
     for (int v = 0; v < s.V; v++) max = MAX(max, logits[v]);
     for (int v = 0; v < s.V; v++) sum += expl((long double)logits[v] - max);
     x[0][n] = (double)(max - logits[ids[n]] + logl(sum));
+    x[1][n] = logits[ids[n]] == max;
+    x[2][n] = (double)(max + logl(sum));
   }
 }
 LAYER(crossentropy, 1000, crossentropy_plain, (t[0], t[1], t[2], t[3], ids, N, V),
@@ -1044,21 +1073,30 @@ static void check_untouched(const Case *c) {
   if (touched) judge_that(0, what, "%s, or what lies behind it, was changed", touched);
 }
 
-static double check_forward(Case *c, Comparison row) {
-  double *got = numbers(count_in(c, 0)), *x[MOST_TENSORS];
+// The output beside that of the plain forward; a stash too, if the plain one says what is in it.
+static void check_forward(Case *c, Comparison row) {
+  double *want[MOST_TENSORS];
   launch(c->layer->forward, c);
-  get(got, c->t[0].data, count_in(c, 0));
-  if (!c->layer->plain) { free(got); return 0; }
-  for (int i = 0; i < c->n_tensors; i++) x[i] = c->data[i];
-  x[0] = numbers(count_in(c, 0));
-  c->layer->plain(c->s, x, c->host_ids);
-  row.tensor = c->layer->role[0].name;
-  row.rows = rows_in(c, 0); row.cols = cols_in(c, 0);
-  row.got = got; row.want = x[0];
-  row.bar = 1e-11;
-  double error = judge(row);
-  free(got); free(x[0]);
-  return error;
+  if (!c->layer->plain) return;
+  for (int i = 0; i < c->n_tensors; i++) {        // c->data of what forward writes are NaNs
+    want[i] = numbers(count_in(c, i));
+    memcpy(want[i], c->data[i], count_in(c, i) * sizeof(double));
+  }
+  c->layer->plain(c->s, want, c->host_ids);
+  for (int i = 0; i < c->n_tensors; i++) {
+    enum Duty duty = c->layer->role[i].duty;
+    if (duty == OUTPUT || (duty == STASH && !isnan(want[i][0]))) {
+      double *got = numbers(count_in(c, i));
+      get(got, c->t[i].data, count_in(c, i));
+      row.tensor = c->layer->role[i].name;
+      row.rows = rows_in(c, i); row.cols = cols_in(c, i);
+      row.got = got; row.want = want[i];
+      row.bar = 1e-11;
+      judge(row);
+      free(got);
+    }
+    free(want[i]);
+  }
 }
 
 static Function function_of(Case *c) {
@@ -1162,6 +1200,7 @@ static void check_layers(const char **names, int n_names) {
     int asked = !n_names;
     for (int k = 0; k < n_names; k++) asked |= !strcmp(names[k], layers[i]->name);
     if (!asked) continue;
+    checking = layers[i]->name;
     check_layer(layers[i], SMALL, MOVE_EACH);
     check_layer(layers[i], LARGE, 0);
     if (is_matmul(layers[i])) check_layer(layers[i], WIDE, 0), check_layer(layers[i], LONG, 0);
@@ -2386,6 +2425,7 @@ static void print_summary(double started) {
   for (int i = 0; i < n_layers; i++)
     if (layers[i]->worst >= 0) printf("  %-16s %.1e\n", layers[i]->name, layers[i]->worst);
   printf("%.1f s\n", seconds() - started);
+  checking = NULL;
   if (failed) printf("the first failure: %s\n", first_failure);
   printf("%d passed, %d failed\n", passed, failed);
 }
@@ -2415,7 +2455,9 @@ int main(int argc, char **argv) {
     printf("%d passed, %d failed\n", passed, failed);
     return failed > 0;
   }
+  watch_for_crashes();
   check_layers(names, n);
+  checking = "the whole model";
   if (!n) check_sums();
   if (!MOVE_EACH) {          // the search for races: each kernel has run, now some updates
     if (!n) printf("%016llx\n", (unsigned long long)training_bits());

@@ -25,6 +25,7 @@
 #ifndef GPU
 #define GPU
 #endif
+#define PROGRAM "train_gpu"
 #define DEVICE __host__ __device__
 #define STEPS_AHEAD 16                   // updates between two looks at the loss, see train_arm()
 #ifdef __CUDACC__
@@ -68,7 +69,6 @@ static const char *device_start(int threads) {
   static char words[320];
   int devices = 0;
   (void)threads;                         // the CPU's; a GPU has its own
-  program = "train_gpu";
   cudaError_t error = cudaGetDeviceCount(&devices);
   if (error != cudaSuccess || devices == 0)
     die("no CUDA device (the driver says: %s): ./train does the same on the CPU",
