@@ -355,6 +355,7 @@ static inline void pack(real *panel, int width, Matrix m, int depth, int columns
 __attribute__((always_inline))
 static inline void tile_of(const int most, real *c, long c_row, Matrix a, const real *panel,
                            int rows, int columns, int depth, int add, const real *bias) {
+  static const real zeros[COLUMNS] = {0};
   vec sum[ROWS][2];
   const real *row[ROWS];
   UNROLL for (int i = 0; i < most; i++) {
@@ -374,8 +375,15 @@ static inline void tile_of(const int most, real *c, long c_row, Matrix a, const 
   UNROLL for (int i = 0; i < most; i++) {
     if (i == rows) break;
     real *y = c + i*c_row, s[COLUMNS];
-    memcpy(s, sum[i], sizeof s);
-    for (int j = 0; j < columns; j++) y[j] = s[j] + (add ? y[j] : bias ? bias[j] : 0);
+    const real *from = add ? y : bias ? bias : zeros;
+    if (columns == COLUMNS) {
+      vec y0 = sum[i][0] + *(const vec *)from, y1 = sum[i][1] + *(const vec *)(from + VECTOR);
+      *(vec *)y = y0;
+      *(vec *)(y + VECTOR) = y1;
+    } else {
+      memcpy(s, sum[i], sizeof s);
+      for (int j = 0; j < columns; j++) y[j] = s[j] + from[j];
+    }
   }
 }
 
@@ -409,18 +417,24 @@ static void matmul_job(real *c, long c_row, Matrix a, Matrix b, int M, int N, in
   }
 }
 
-// The same by all threads, for any M.
+// The same by all threads, for any M. C is cut into blocks of rows, of even height, and each into
+// its panels; a thread takes panels that follow each other, and does those of a block in one job,
+// which packs the block's rows of A once.
 static void matmul(real *c, long c_row, Matrix a, Matrix b, int M, int N, int K, int add,
                    const real *bias) {
   int panels = (N + COLUMNS - 1) / COLUMNS, tiles = (M + ROWS - 1) / ROWS;
-  int blocks = (M + BLOCK - 1) / BLOCK;           // C is cut evenly into blocks x groups jobs,
-  int groups = MIN(panels, (8*n_threads + blocks - 1) / blocks);   // some for every thread
-  parallel_for (job, (long)blocks * groups) {
-    int i = tiles * (job / groups) / blocks * ROWS, i1 = tiles * (job / groups + 1) / blocks * ROWS;
-    int j = panels * (job % groups) / groups * COLUMNS;
-    int j1 = panels * (job % groups + 1) / groups * COLUMNS;
-    matmul_job(c + i*c_row + j, c_row, part_of(a, i, 0), part_of(b, 0, j), MIN(M, i1) - i,
-               MIN(N, j1) - j, K, add, bias ? bias + j : NULL);
+  int blocks = (M + BLOCK - 1) / BLOCK;
+  parallel_for (part, n_threads) {
+    long begin = (long)blocks * panels * part / n_threads;
+    long end = (long)blocks * panels * (part + 1) / n_threads;
+    for (long from = begin, to; from < end; from = to) {
+      int block = from / panels;
+      to = MIN(end, (block + 1L) * panels);
+      int i = tiles * block / blocks * ROWS, i1 = tiles * (block + 1) / blocks * ROWS;
+      int j = from % panels * COLUMNS, j1 = j + (to - from) * COLUMNS;
+      matmul_job(c + i*c_row + j, c_row, part_of(a, i, 0), part_of(b, 0, j), MIN(M, i1) - i,
+                 MIN(N, j1) - j, K, add, bias ? bias + j : NULL);
+    }
   }
 }
 
@@ -602,12 +616,10 @@ static void linear_backward(Tensor y, Tensor x, Affine p, int N, int C, int O) {
   // dw[c,o] += sum_n x[n,c] dy[n,o]
   matmul(p.weight.grad, O, transpose(rows_of(x.data, C)), rows_of(y.grad, O), C, O, N, 1, NULL);
   // db[o] += sum_n dy[n,o]
-  parallel_for (block, (O + LANES - 1) / LANES) {
-    real db[LANES] = {0};
-    int o = block*LANES, width = MIN(LANES, O - o);
+  parallel_for (part, n_threads) {                // a thread owns some columns o
+    int from = (int)(O * part / n_threads), to = (int)(O * (part + 1) / n_threads);
     for (int n = 0; n < N; n++)
-      for (int j = 0; j < width; j++) db[j] += y.grad[(long)n*O + o + j];
-    for (int j = 0; j < width; j++) p.bias.grad[o + j] += db[j];
+      INDEPENDENT for (int o = from; o < to; o++) p.bias.grad[o] += y.grad[(long)n*O + o];
   }
   lap("linear_backward", 4.0*N*C*O, 0);
 }
