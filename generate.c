@@ -71,7 +71,8 @@ static real *cache_at(Writer *w, int layer, int row, int head, int which, int t)
   return w->cache + (before * c.block_size + t) * (c.n_embd / c.n_head);
 }
 
-// Describes a writer of at most `most` texts of `room` bytes. As in model_plan(), takes no memory.
+// Describes a writer of at most `most` texts of `room` bytes; as in model_plan(), the large pieces
+// of memory are not taken yet.
 static void writer_plan(Writer *w, Config config, int most, long room) {
   memset(w, 0, sizeof *w);
   w->most = most;
@@ -135,10 +136,7 @@ static void pack_weights(Writer *w) {
   w->head = pack_matrix(&room, transpose(rows_of(m->wte.data, C)), NULL, C, m->config.vocab_size);
 }
 
-// y[n,o] = sum_c x[n,c] w[c,o] + b[o], for the N rows of a step. Reading w is all the cost as long
-// as N is small, and it is read once for all rows: each panel from front to back, and its sums stay
-// in registers. That is the tile() of train.c, and one of FEW rows, which costs less arithmetic.
-// y[n,o] is the same sum in the same order, however many rows and threads there are.
+// tile() of train.c for FEW rows or less: its arithmetic would cost more than the reading.
 enum { FEW = 4 };
 __attribute__((noinline))
 static void few_tile(real *c, long c_row, Matrix a, const real *panel, int rows, int columns,
@@ -146,14 +144,20 @@ static void few_tile(real *c, long c_row, Matrix a, const real *panel, int rows,
   tile_of(FEW, c, c_row, a, panel, rows, columns, depth, add, bias);
 }
 
+// y[n,o] = sum_c x[n,c] w[c,o] + b[o], for the N rows of a step. Reading w is all the cost as long
+// as N is small, and it comes from memory once for all rows: each panel from front to back, while
+// its sums stay in registers. y[n,o] is the same sum in the same order, however many rows and
+// threads there are.
 static void linear_step(Tensor y, Tensor x, Panels p, int N) {
   parallel_for (panel, (p.O + COLUMNS - 1) / COLUMNS) {
     int o = panel * COLUMNS, columns = MIN(COLUMNS, p.O - o);
+    const real *w = p.panel + (long)o*p.C, *bias = p.bias ? p.bias + o : NULL;
     for (int n = 0; n < N; n += ROWS) {
       int rows = MIN(ROWS, N - n);
-      (rows > FEW ? tile : few_tile)(y.data + (long)n*p.O + o, p.O,
-                                     rows_of(x.data + (long)n*p.C, p.C), p.panel + (long)o*p.C,
-                                     rows, columns, p.C, 0, p.bias ? p.bias + o : NULL);
+      real *y_n = y.data + (long)n*p.O + o;
+      Matrix x_n = rows_of(x.data + (long)n*p.C, p.C);
+      if (rows > FEW) tile(y_n, p.O, x_n, w, rows, columns, p.C, 0, bias);
+      else few_tile(y_n, p.O, x_n, w, rows, columns, p.C, 0, bias);
     }
   }
 }
@@ -493,7 +497,8 @@ static void svg_head(String *s, const real *att, const unsigned char *text, int 
 
 static void write_attention(Writer *w, const unsigned char *text, long bytes, const char *path) {
   Model *m = &w->model;
-  int L = m->config.n_layer, H = m->config.n_head, n = (int)MIN(bytes, MIN(MOST_SEEN, m->rows));
+  int L = m->config.n_layer, H = m->config.n_head;
+  int n = (int)MIN(bytes, MIN(MOST_SEEN, m->config.block_size));
   int width = 2*MARGIN + H*MAP + (H - 1)*GAP, height = HEAD_ROOM + L*(MAP + 2*GAP) + GAP;
   real *att = (real *)host_alloc(NULL, n*n * sizeof(real));
   whole_window(m, text, bytes - n, n);
@@ -546,7 +551,7 @@ static long settled(Writer *w, long n, int beam) {
   return n;
 }
 
-typedef struct { double score, seconds; } Written;   // log p of a beam's best; all steps' time
+typedef struct { double score, seconds; } Written;   // log p of a beam's best; with the prompt's
 
 // Goes on from the prompt by gen.tokens bytes: rows drawn with s, or one searched for with a beam.
 // With `stream`, row 0 is printed as it is made.
@@ -583,7 +588,7 @@ static void write_samples(Writer *w) {
   fflush(stdout);                      // the text before what is said of it
   if (gen.beam)
     fprintf(stderr, "beam %d: log p %.3f, score %.4f\n", gen.beam, written.score,
-            written.score / pow(gen.tokens, gen.length_penalty));
+            written.score / pow(MAX(1, gen.tokens), gen.length_penalty));
   double bytes = (double)most * gen.tokens;
   if (bytes)
     fprintf(stderr, "%.0f bytes, %.0f tokens/s, threads %d\n", bytes, bytes / written.seconds,
@@ -675,16 +680,12 @@ static void score(Writer *w, const unsigned char *text, long n) {
 // How many threads a step is worth. It has ten barriers a layer, of some 0.5 us each if there is
 // anybody to wait for (more on a busy machine); alone it reads weights at some 25 GB/s, and a row
 // more costs a sixteenth of that in arithmetic. So a model of a MB is best read by one thread. More
-// must pay well, as each barrier waits for whichever core is busy with something else.
+// must pay well, as each barrier waits for whichever core is busy with something else: all cores
+// are taken if that saves 3 parts in 10.
 static int worthwhile_threads(const Model *m, int rows, int cores) {
-  double barriers = 10.0 * m->config.n_layer + 3, best = INFINITY;
+  double barriers = 10.0 * m->config.n_layer + 3;
   double alone = m->count * sizeof(real) * (1 + rows / 16.0) / 25e9;
-  int threads = 1;
-  for (int k = 1; k <= cores; k++) {
-    double t = alone / k + (k > 1) * barriers * 5e-7;
-    if (t < 0.7 * best) best = t, threads = k;
-  }
-  return threads;
+  return alone / cores + barriers * 5e-7 < 0.7 * alone ? cores : 1;
 }
 
 // Reads all weights and does next to nothing with them: the most that a step could do.
@@ -701,8 +702,9 @@ static void read_all(void *argument) {
   }
 }
 
-// Tokens a second, beside what reading the weights alone takes, in turns: of each some in a row,
-// as in use, and the first few do not count, which find memory as the other left it. Medians.
+// Tokens a second, beside what reading the weights alone takes: TURN times the one, TURN times the
+// other, and so on; the first of a turn, which find memory as the other left it, are not counted.
+// Medians.
 enum { BENCH_ROWS = 16, TURN = 20, WARM_UP = 5 };
 static void bench(Writer *w) {
   Model *m = &w->model;
@@ -718,7 +720,7 @@ static void bench(Writer *w) {
     for (double until = seconds() + 3; n < 100*TURN && seconds() < until; n += TURN)
       for (int writing = 0; writing < 2; writing++)
         for (int i = -WARM_UP; i < TURN; i++) {
-          if (w->n - w->start >= T) start_writing(w, byte, 1, rows), i = -WARM_UP;
+          if (w->n >= MAX(T, 2)) start_writing(w, byte, 1, rows);
           double started = seconds();
           if (writing) advance(w, byte);
           else launch(read_all, m);
@@ -1030,25 +1032,25 @@ static void test_beam(void) {
   writer_free(&w);
 }
 
-// Row 2 of three is, to the bit, the row that is written alone.
-static void test_rows(void) {
+// The last of a tile's rows, or of a few, is to the bit the row that is written alone.
+static void test_rows(int rows) {
   enum { V = 33, BYTES = 40 };
-  Writer three, one;
-  unsigned char byte[3], text[BYTES];
-  int same = 1;
-  test_model(&three, V, 16, 24, 3, BYTES);
+  Writer many, one;
+  unsigned char byte[64], text[BYTES];
+  int same = 1, last = rows - 1;
+  test_model(&many, V, 16, 24, rows, BYTES);
   test_model(&one, V, 16, 24, 1, BYTES);
   random_text(text, BYTES, V);
-  start_writing(&three, text, 2, 3);
+  start_writing(&many, text, 2, rows);
   start_writing(&one, text, 2, 1);
   while (one.n < BYTES) {
-    for (int row = 0; row < 3; row++) byte[row] = (unsigned char)((text[one.n] + 2 - row) % V);
-    advance(&three, byte);
-    advance(&one, byte + 2);
-    same &= !memcmp(logits_of(&three, 2), logits_of(&one, 0), V * sizeof(real));
+    for (int row = 0; row < rows; row++) byte[row] = (unsigned char)((text[one.n] + row) % V);
+    advance(&many, byte);
+    advance(&one, byte + last);
+    same &= !memcmp(logits_of(&many, last), logits_of(&one, 0), V * sizeof(real));
   }
-  check(same, "rows: one of three is bit for bit the one written alone");
-  writer_free(&three);
+  check(same, "rows: the last of %d is bit for bit the one written alone", rows);
+  writer_free(&many);
   writer_free(&one);
 }
 
@@ -1096,7 +1098,8 @@ int main(void) {
   test_ties();
   test_exhaustive();
   test_beam();
-  test_rows();
+  test_rows(3);
+  test_rows(2*ROWS);
   test_attention();
   printf("%d passed, %d failed\n", passed, failed);
   return failed > 0;

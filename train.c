@@ -321,8 +321,9 @@ typedef real vec __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real))
 enum {
   VECTOR = VECTOR_BYTES / sizeof(real), COLUMNS = 2 * VECTOR,   // of a tile
   DEPTH = 2048 / sizeof(real),   // of a panel of B: 512 floats x 32 columns are 64 KB
-  AHEAD = 32,                    // rows of a panel that are asked for before they are needed
-  BLOCK = 384                    // rows of a job, a multiple of ROWS: of A 384 x 512 floats, 768 KB
+  AHEAD = 4096 / sizeof(real),   // so far ahead numbers of a panel are asked for
+  LINE = 64 / sizeof(real),      // of a cache
+  BLOCK = 384                    // rows of a job at most, a multiple of ROWS: of A 768 KB
 };
 #define UNROLL _Pragma("GCC unroll 16")   // keeps the sums of a tile in registers
 
@@ -340,10 +341,10 @@ static inline void pack(real *panel, int width, Matrix m, int depth, int columns
   if (columns == width && m.column == 1)
     for (; k < depth; k++) memcpy(panel + k*width, m.at + k*m.row, width * sizeof(real));
   if (columns == width && m.row == 1)
-    for (; k + 16 <= depth; k += 16)              // a cache line of each of m's columns at a time
+    for (; k + LINE <= depth; k += LINE)          // a cache line of each of m's columns at a time
       for (int j = 0; j < width; j++) {
         __builtin_prefetch(m.at + k + (j + width)*m.column);   // the next panel's
-        for (int i = 0; i < 16; i++) panel[(k + i)*width + j] = m.at[k + i + j*m.column];
+        for (int i = 0; i < LINE; i++) panel[(k + i)*width + j] = m.at[k + i + j*m.column];
       }
   for (; k < depth; k++)
     for (int j = 0; j < width; j++)
@@ -363,8 +364,8 @@ static inline void tile_of(const int most, real *c, long c_row, Matrix a, const 
     sum[i][0] = sum[i][1] = (vec){0};
   }
   for (int k = 0; k < depth; k++, panel += COLUMNS) {
-    __builtin_prefetch(panel + AHEAD*COLUMNS);    // of use where the panel is far: in generate.c
-    __builtin_prefetch(panel + AHEAD*COLUMNS + VECTOR);
+    for (int j = 0; j < COLUMNS; j += LINE)       // of use where a panel is far: in generate.c
+      __builtin_prefetch(panel + AHEAD + j);
     vec b0 = *(const vec *)panel, b1 = *(const vec *)(panel + VECTOR);
     UNROLL for (int i = 0; i < most; i++) {
       real x = row[i][k*a.column];
@@ -397,7 +398,7 @@ static void tile(real *c, long c_row, Matrix a, const real *panel, int rows, int
 // C = A B + bias, or C += A B, by one thread; C is (M,N) with rows c_row apart, and M <= BLOCK.
 static void matmul_job(real *c, long c_row, Matrix a, Matrix b, int M, int N, int K, int add,
                        const real *bias) {
-  static __thread real a_panel[(BLOCK + ROWS) * DEPTH] __attribute__((aligned(64)));
+  static __thread real a_panel[BLOCK * DEPTH] __attribute__((aligned(64)));
   static __thread real b_panel[DEPTH * COLUMNS] __attribute__((aligned(64)));
   assert(M <= BLOCK);
   for (int k = 0; k < K; k += DEPTH) {
@@ -405,7 +406,7 @@ static void matmul_job(real *c, long c_row, Matrix a, Matrix b, int M, int N, in
     if (a.column != 1)
       for (int i = 0; i < M; i += ROWS)
         pack(a_panel + i*depth, ROWS, part_of(transpose(a), k, i), depth, MIN(ROWS, M - i));
-    Matrix packed = {NULL, 1, ROWS};              // element (i,k) of a panel
+    Matrix packed = {NULL, 1, ROWS};              // (i,k) of a tile's rows, as pack() left them
     for (int j = 0; j < N; j += COLUMNS) {
       pack(b_panel, COLUMNS, part_of(b, k, j), depth, MIN(COLUMNS, N - j));
       for (int i = 0; i < M; i += ROWS) {
@@ -418,12 +419,13 @@ static void matmul_job(real *c, long c_row, Matrix a, Matrix b, int M, int N, in
 }
 
 // The same by all threads, for any M. C is cut into blocks of rows, of even height, and each into
-// its panels; a thread takes panels that follow each other, and does those of a block in one job,
-// which packs the block's rows of A once.
+// its panels; a thread takes panels that follow each other, and does those of a block in one job:
+// so a transposed A is packed once by each thread, not for every panel.
 static void matmul(real *c, long c_row, Matrix a, Matrix b, int M, int N, int K, int add,
                    const real *bias) {
   int panels = (N + COLUMNS - 1) / COLUMNS, tiles = (M + ROWS - 1) / ROWS;
-  int blocks = (M + BLOCK - 1) / BLOCK;
+  int blocks = (M + BLOCK - 1) / BLOCK;           // more if there are not panels for all threads
+  blocks = MAX(blocks, MIN(tiles, (n_threads + panels - 1) / MAX(panels, 1)));
   parallel_for (part, n_threads) {
     long begin = (long)blocks * panels * part / n_threads;
     long end = (long)blocks * panels * (part + 1) / n_threads;

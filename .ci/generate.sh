@@ -125,6 +125,12 @@ attention() {
   if command -v xmllint >/dev/null; then xmllint --noout a.svg; fi
 }
 check "--attention draws each head" attention
+attention_of_context() {   # more rows than the context has tokens, and a longer prompt
+  p="Once there was a cat, and many more cats came after it, and dogs, and geese"
+  go --attention 1.svg --prompt "$p" --tokens 0 && go --attention 64.svg --prompt "$p" --tokens 0 \
+    --samples 64 && cmp 1.svg 64.svg
+}
+check "--attention looks no further back than the context" attention_of_context
 
 # ---- What is refused
 
