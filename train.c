@@ -295,7 +295,7 @@ static void lap(const char *name, double flop, double bytes) {
 
 // ---- 3. Layers --------------------------------------------------------------------------------
 
-// The matmul. C = A B, (M,N) = (M,K) (K,N): three quarters of the time of training go here, so this is
+// The matmul. C = A B, (M,N) = (M,K) (K,N): three quarters of training's time go here, so this is
 // the one place, with attention, that is written for speed. From the top of the ladder down:
 //   1. The naive three loops load two numbers for each multiply-add, and wait for memory.
 //   2. A tile of C, ROWS x 2 vectors, stays in registers while K products are added to it: then
