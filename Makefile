@@ -180,4 +180,4 @@ clean:
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
-.PHONY: all run test race mutants bench clean help
+.PHONY: all run test race mutants bench exercise clean help

@@ -230,7 +230,7 @@ static void fill_cache(Writer *w, int row) {
     for (int l = 0; l < w->model.config.n_layer; l++)
       for (int h = 0; h < H; h++)
         for (int which = KEY; which <= VALUE; which++)
-          memcpy(cache_at(w, l, row, h, which, t),
+          memcpy(cache_at(w, l, row, h, which, t),     // from row t of qkv: q, key, value
                  w->model.act[l].qkv.data + (3L*t + 1 + which)*C + h*D, D * sizeof(real));
   }
 }

@@ -814,8 +814,9 @@ static void watch_for_crashes(void) {
 // ---- 2. Layers --------------------------------------------------------------------------------
 // A layer is registered with LAYER(name, stress, plain, (arguments), tensors): the arguments that
 // name_forward and name_backward take; their tensors, t[0] the output first, and what happens to
-// each; a plain forward to compare with, or NULL. Row 1 of the first input is shifted by `stress`,
-// row 2 has it added and subtracted in turn: large means, saturated functions.
+// each; a plain forward to compare with (it may fill stashes, too), or NULL. Row 1 of the first
+// input is shifted by `stress`, row 2 has it added and subtracted in turn: large means, saturated
+// functions.
 
 enum Duty {
   OUTPUT,     // written by forward; the gradient comes from above
@@ -2068,13 +2069,8 @@ static uint64_t training_bits(void) {   // a hash of the weights after some upda
   const Config config = {1, 3, 60, 72, LETTERS};
   Trial t = new_trial(config, ADAMW, 0.01);
   t.accumulate = t.updates = 2;
-#ifdef KERNELS
-  enum { B = 3 };                 // an emulated GPU has no time for more
-#else
-  enum { B = 6 };                 // more rows than a BLOCK of the matmul
-#endif
   for (int k = 0; k < 4; k++) {
-    Piece piece = {B, 70, 10 * k};
+    Piece piece = {3, 70, 10 * k};
     t.piece[k] = piece;
   }
   play(&t);

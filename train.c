@@ -321,8 +321,8 @@ typedef real vec __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real))
 enum {
   VECTOR = VECTOR_BYTES / sizeof(real), COLUMNS = 2 * VECTOR,   // of a tile
   DEPTH = 2048 / sizeof(real),   // of a panel of B: 512 floats x 32 columns are 64 KB
-  AHEAD = 4096 / sizeof(real),   // so far ahead numbers of a panel are asked for
-  LINE = 64 / sizeof(real),      // of a cache
+  LINE = 64 / sizeof(real),      // of the cache
+  AHEAD = 4096 / sizeof(real),   // a panel is asked for so many numbers before they are needed
   BLOCK = 384                    // rows of a job at most, a multiple of ROWS: of A 768 KB
 };
 #define UNROLL _Pragma("GCC unroll 16")   // keeps the sums of a tile in registers
@@ -351,8 +351,8 @@ static inline void pack(real *panel, int width, Matrix m, int depth, int columns
       panel[k*width + j] = j < columns ? m.at[k*m.row + j*m.column] : 0;
 }
 
-// c[i,j] = (add ? c[i,j] : bias ? bias[j] : 0) + sum_k a[i,k] panel[k,j], for one tile of C. `most`
-// is a constant: how many rows there are registers for.
+// c[i,j] = (add ? c[i,j] : bias ? bias[j] : 0) + sum_k a[i,k] panel[k,j], for one tile of C of
+// rows <= most <= ROWS. `most` is a constant in each caller: then its sums are kept in registers.
 __attribute__((always_inline))
 static inline void tile_of(const int most, real *c, long c_row, Matrix a, const real *panel,
                            int rows, int columns, int depth, int add, const real *bias) {
@@ -377,7 +377,7 @@ static inline void tile_of(const int most, real *c, long c_row, Matrix a, const 
     if (i == rows) break;
     real *y = c + i*c_row, s[COLUMNS];
     const real *from = add ? y : bias ? bias : zeros;
-    if (columns == COLUMNS) {
+    if (columns == COLUMNS) {                     // by far the most: two whole vectors
       vec y0 = sum[i][0] + *(const vec *)from, y1 = sum[i][1] + *(const vec *)(from + VECTOR);
       *(vec *)y = y0;
       *(vec *)(y + VECTOR) = y1;
@@ -430,8 +430,8 @@ static void matmul(real *c, long c_row, Matrix a, Matrix b, int M, int N, int K,
     long begin = (long)blocks * panels * part / n_threads;
     long end = (long)blocks * panels * (part + 1) / n_threads;
     for (long from = begin, to; from < end; from = to) {
-      int block = from / panels;
-      to = MIN(end, (block + 1L) * panels);
+      long block = from / panels;
+      to = MIN(end, (block + 1) * panels);
       int i = tiles * block / blocks * ROWS, i1 = tiles * (block + 1) / blocks * ROWS;
       int j = from % panels * COLUMNS, j1 = j + (to - from) * COLUMNS;
       matmul_job(c + i*c_row + j, c_row, part_of(a, i, 0), part_of(b, 0, j), MIN(M, i1) - i,
