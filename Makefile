@@ -35,18 +35,28 @@ run: train generate data/tales.txt
 	./train
 	./generate --prompt "Once"
 
-# Kernels are checked where there is a C++ compiler.
-KERNELS_TOO := $(shell $(CXX) --version >/dev/null 2>&1 && echo test_gradients_gpu)
+# The gradient checker is one source and four programs: in double and in float, with train.c or with
+# the kernels. D is the folder of the sources: a student's, or a mutant's. EXTRA: more flags.
+D = .
+CHECKER = $D/test_gradients.c $D/train.c
+HAVE_CXX := $(shell $(CXX) --version >/dev/null 2>&1 && echo yes)
+GPU_CHECKERS = $(if $(HAVE_CXX),test_gradients_gpu test_gradients_gpu_float)
 
-# Once more those that share memory, their threads and blocks in random orders.
-ANY_ORDER = ./$(KERNELS_TOO) embedding layernorm linear attention crossentropy
+$D/test_gradients: $(CHECKER)
+	$(CC) $(CFLAGS) -o $@ $< $(LIBS)
 
-# Each part ends with a line `N passed, N failed`; .ci/tally adds them up.
-test: train generate test_gradients $(KERNELS_TOO) $B/test_generate
-	@$(if $(KERNELS_TOO),,echo "no C++ compiler ($(CXX)): the kernels are not checked here")
-	@.ci/tally ./test_gradients $(addprefix ./,$(KERNELS_TOO)) \
-	  $(if $(KERNELS_TOO),"GPU_SEED=1 $(ANY_ORDER)" "GPU_SEED=2 $(ANY_ORDER)") \
-	  $B/test_generate "SANITIZE=no .ci/generate.sh"
+$D/test_gradients_float: $(CHECKER)
+	$(CC) $(CFLAGS) -DREAL=float -o $@ $< $(LIBS)
+
+# Each command ends with a line `N passed, N failed`; .ci/tally adds them up. Kernels are run three
+# times, with their threads and blocks in order and in two random orders.
+STEP = $B/step.safetensors
+test: train generate test_gradients test_gradients_float $(GPU_CHECKERS) $B/test_generate
+	@$(if $(HAVE_CXX),,echo "no C++ compiler ($(CXX)): the kernels are not checked here")
+	@./test_gradients --save $(STEP)
+	@.ci/tally ./test_gradients ./test_gradients_float "./test_gradients_float --against $(STEP)" \
+	  $(foreach g,$(GPU_CHECKERS),./$g "GPU_SEED=1 ./$g" "GPU_SEED=2 ./$g" \
+	    "./$g --against $(STEP)") $B/test_generate "SANITIZE=no .ci/generate.sh"
 
 train: train.c
 	$(CC) $(CFLAGS) -o $@ train.c $(LIBS)
@@ -58,80 +68,45 @@ $B/test_generate: generate.c train.c
 	@mkdir -p $B
 	$(CC) $(CFLAGS) -DTESTS -o $@ generate.c $(LIBS)
 
-# The gradient checker is one source compiled twice: in double, with main(), and in float, lent.
-# SOURCES and OUT: other people's, a student's or a mutant's.
-SOURCES = .
-OUT = test_gradients
-OBJECTS = $(if $(filter .,$(SOURCES)),$B,$(SOURCES))
-
-$(filter-out %_race %_gpu,$(OUT)): $(OBJECTS)/double.o $(OBJECTS)/c_float.o
-	$(CC) -o $@ $^ $(LIBS)
-
-$(OBJECTS)/double.o: $(SOURCES)/test_gradients.c $(SOURCES)/train.c
-	@mkdir -p $(@D)
-	$(CC) $(CFLAGS) -c -o $@ $<
-
-$(OBJECTS)/c_float.o: $(SOURCES)/test_gradients.c $(SOURCES)/train.c
-	@mkdir -p $(@D)
-	$(CC) $(CFLAGS) -DLEND=c_float -DREAL=float -c -o $@ $<
-
 # The GPU. train_gpu is built for the GPU in this machine; if there is none, for all since Turing
 # (2018). make train_gpu ARCH=sm_90 says which.
 NVCC := $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/cuda/bin/nvcc))
-HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
+HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep '^GPU' | head -n 1)
 ARCH = $(if $(HAS_GPU),native,all-major)
-NVCCFLAGS = -std=c++17 -O3 -arch=$(ARCH) -Xcompiler -Wall,-Wextra,-pthread -I.
+NVCCFLAGS = -std=c++17 -O3 -arch=$(ARCH) -Xcompiler -Wall,-Wextra,-pthread -I$D
 
 train_gpu: train_gpu.cu train.c
 	$(if $(NVCC),$(NVCC) $(NVCCFLAGS) -o $@ $<,\
 	  @echo "no nvcc here, so no train_gpu: ./train does the same on the CPU")
 
-# The gradient checker again: the kernels in double and in float, beside train.c in double. Where
-# nvcc and a GPU are, there; else on the emulator in test_gradients.c. One line of sed is all that it
-# asks for: kernel<<<grid, block, 0, stream>>>(x) becomes LAUNCH(kernel, grid, block, 0, stream)(x).
-# The emulator runs blocks of 2 warps in double, which is quicker, and of 8 in float.
+# The checker with the kernels: on the GPU where nvcc and a GPU are, else on the emulator in
+# test_gradients.c. One line of sed is all that it needs: kernel<<<grid, block, 0, stream>>>(x) becomes
+# LAUNCH(kernel, grid, block, 0, stream)(x). It runs CUDA blocks of 2 warps in double, of 8 in float.
 ON_GPU = $(and $(NVCC),$(HAS_GPU))
-KERNELS = $(if $(ON_GPU),train_gpu.cu,$(OBJECTS)/train_gpu.h)
-GPUXX = $(if $(ON_GPU),$(NVCC) $(NVCCFLAGS) -x cu,$(CXX) -x c++ -std=c++17 -O2 $(NATIVE) -g $(WARN) -I.)
-GPUFLAGS = '-DKERNELS="$(KERNELS)"' -DGPU $(EXTRA)
+HEADER = $(if $(filter .,$D),$B,$D)/train_gpu.h
+EMULATE = $(CXX) -x c++ -std=c++17 -g $(NATIVE) $(WARN) -DGPU '-DKERNELS="$(HEADER)"' -I$D $(EXTRA)
+GPU_CHECK = $(if $(ON_GPU),$(NVCC) $(NVCCFLAGS) -x cu '-DKERNELS="train_gpu.cu"' $(EXTRA),$(EMULATE) -O2)
 
-$(OBJECTS)/train_gpu.h: $(SOURCES)/train_gpu.cu
+$(HEADER): $D/train_gpu.cu
 	@mkdir -p $(@D)
 	(echo '#line 1 "train_gpu.cu"'; \
 	 sed 's/\([A-Za-z0-9_]*\)<<<\(.*\)>>>/LAUNCH(\1, \2)/' $<) >$@
 
-GPU_OUT = $(if $(filter %_gpu,$(OUT)),$(OUT),test_gradients_gpu)
-$(GPU_OUT): $(OBJECTS)/gpu_double.o $(OBJECTS)/gpu_float.o $B/c_double.o
-	$(if $(ON_GPU),$(NVCC) -arch=$(ARCH),$(CXX)) -o $@ $^ -lpthread -lm
+$D/test_gradients_gpu: $(CHECKER) $(HEADER)
+	$(GPU_CHECK) $(if $(ON_GPU),,-DWARPS=2) -o $@ $< -lpthread -lm
 
-$(OBJECTS)/gpu_double.o: $(SOURCES)/test_gradients.c $(OBJECTS)/train_gpu.h $(SOURCES)/train.c
-	$(GPUXX) $(GPUFLAGS) $(if $(ON_GPU),,-DWARPS=2) -c -o $@ $<
+$D/test_gradients_gpu_float: $(CHECKER) $(HEADER)
+	$(GPU_CHECK) -DREAL=float -o $@ $< -lpthread -lm
 
-$(OBJECTS)/gpu_float.o: $(SOURCES)/test_gradients.c $(OBJECTS)/train_gpu.h $(SOURCES)/train.c
-	$(GPUXX) $(GPUFLAGS) -DLEND=gpu_float -DREAL=float -c -o $@ $<
-
-$B/c_double.o: test_gradients.c train.c
-	@mkdir -p $(@D)
-	$(CC) $(CFLAGS) -DLEND=c_double -c -o $@ $<
-
-# Searches the kernels for races: every layer once, and some updates, with the thread sanitizer
-# told who waits for whom. A barrier that is missing is reported with kernel and line.
-# make -B race SANITIZE=address,undefined finds what is read or written outside of its array.
+# Searches the kernels for races: every layer, and some updates, with the thread sanitizer told who
+# waits for whom. A missing barrier is reported with kernel and line.
+# make -B race SANITIZE=address,undefined finds reads and writes outside of arrays.
 SANITIZE = thread
 race: test_gradients_race
 	TSAN_OPTIONS=halt_on_error=1 ASAN_OPTIONS=detect_leaks=0 ./test_gradients_race
 
-RACE_OUT = $(if $(filter %_race,$(OUT)),$(OUT),test_gradients_race)
-$(RACE_OUT): $(OBJECTS)/race.o $B/$(if $(ON_GPU),race,gpu)_float.o $B/c_double.o
-	$(CXX) -fsanitize=$(SANITIZE) -o $@ $^ $(LIBS)
-
-$B/race_float.o: test_gradients.c $B/train_gpu.h train.c   # emulated where gpu_float.o is not
-	$(CXX) -x c++ -std=c++17 -O2 -g $(WARN) -I. '-DKERNELS="$B/train_gpu.h"' -DGPU \
-	  -DLEND=gpu_float -DREAL=float -c -o $@ $<
-
-$(OBJECTS)/race.o: $(SOURCES)/test_gradients.c $(OBJECTS)/train_gpu.h $(SOURCES)/train.c
-	$(CXX) -x c++ -std=c++17 -O1 -g -fsanitize=$(SANITIZE) $(WARN) -I. '-DKERNELS="$(OBJECTS)/train_gpu.h"' \
-	  -DGPU -DWARPS=2 -DMOVE_EACH=0 $(EXTRA) -c -o $@ $<
+$D/test_gradients_race: $(CHECKER) $(HEADER)
+	$(EMULATE) -O1 -fsanitize=$(SANITIZE) -DWARPS=2 -DSEARCH_FOR_RACES=1 -o $@ $< -lpthread -lm
 
 # Plants bugs, one at a time, and sees whether the checker finds each.
 mutants:
@@ -175,7 +150,8 @@ exercise:
 	@.ci/exercise "$(N)"
 
 clean:
-	rm -rf $B train train_gpu generate test_gradients test_gradients_gpu test_gradients_race data/tales
+	rm -rf $B train train_gpu generate test_gradients test_gradients_float test_gradients_gpu \
+	  test_gradients_gpu_float test_gradients_race data/tales
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile

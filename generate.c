@@ -1,242 +1,163 @@
 // generate.c writes text with a GPT that train.c has trained: one step at a time, or several.
 //
-// A model gives, for each byte that may come next, a probability. What to do with it is a choice:
+// The model gives a probability for each byte that may come next. What to do with them is a choice:
 //
-//   single-step    greedy: the likeliest byte. Or a draw, after temperature, top-k and top-p.
-//   multi-step     beam search: of all texts of n bytes, look for the likeliest, by keeping the W
-//                  best beginnings. The likeliest text need not start with the likeliest byte.
+//   single-step    greedy: the likeliest byte. Or a random one, after temperature, top-k and top-p.
+//   multi-step     beam search: of all texts of n bytes it looks for the likeliest, by keeping the W
+//                  best beginnings. The likeliest text need not begin with the likeliest byte.
 //
-// Both are compared by what the model itself says of the result: the loss, -log p, of its bytes.
+// Both are compared by the model's own loss of the result, the sum of -log p over its bytes.
 //
-// A step costs reading every weight once, because a token sees older tokens only through their
-// keys and values, and those are kept: the KV cache. Rows, texts that are written at the same time,
-// share that read. Letters as in train.c; N rows, and T the context.
+// A step reads every weight once. It need not compute the older tokens again, since they matter only
+// through their keys and values, and those are kept: the KV cache. Texts that are written at the same
+// time, the rows, share the reading. Letters as in train.c; N rows, and T the context.
 //
-// Read in this order: step() and advance() in room 1, then room 2, a page each for drawing and for
-// searching, then write_text() in room 4. Rooms: 1 a step, 2 the choice, 3 looking inside,
-// 4 writing, 5 speed, 6 options and main; then tests.
+// Sections: 1 a step, 2 the choice, 3 writing, 4 greedy against beam search, 5 looking inside,
+// 6 speed, 7 options and main, 8 tests.
 //
-//   ./generate --prompt "Once"     a text, from the model in run/
+//   ./generate --prompt "Once"     a text from the model in run/
 //   ./generate --compare           greedy and beam search side by side; --help lists the rest
 
 #define NO_MAIN   // train.c's
-#pragma GCC diagnostic ignored "-Wunused-function"   // this program does not train
+#pragma GCC diagnostic ignored "-Wunused-function"   // of train.c: this program does not train
 #include "train.c"
 
 // ---- 1. A step --------------------------------------------------------------------------------
-// The context slides: when a text outgrows the window of T tokens, the window moves on by half. Its
-// newest half is computed again, once, since each token now has another position, and all goes on.
-// This one rule, window_of(), holds for prompts, for writing and for the loss of a text, so that
-// the loss is that of the very probabilities the text was written with.
-
-// A matrix w (C,O) and its bias, for linear_step(): panels of COLUMNS columns, each C x COLUMNS
-// numbers in a row. So a step reads memory from front to back, which is what it does fastest, and
-// each thread reads panels of its own.
-typedef struct { const real *panel, *bias; int C, O; } Panels;
-typedef struct { Panels c_attn, attn_proj, c_fc, mlp_proj; } BlockPanels;
+// The window slides: when a text has filled the T positions of the model, the window moves on by
+// half. Its newer half is computed again once, since each token now has another position. This rule,
+// window_of(), holds for prompts, for writing and for the loss of a text alike, so the loss is that
+// of the very probabilities with which the text was written.
 
 typedef struct {
   Model model;
-  BlockPanels *block;      // the matrices of the L blocks, once more
-  Panels head;             // wte, transposed: logits = x wte^T
-  real *packed;            // the memory of all panels
-  int most, rows;          // rows there is memory for; rows being written
-  long room, n;            // bytes there is memory for in each; each is so long, prompt included
+  int max_rows, rows;      // rows there is memory for; rows that are being written
+  long capacity, n;        // bytes there is memory for in a row; bytes in each row now
   long start;              // the byte at position 0 of the window
-  unsigned char *text;     // [most][room]
-  real *cache;             // [L][most][H][2][T][D]: keys and values of the tokens of the window
-  int *cell;               // [most][T]: in which row of the cache a text's token t is
-  real *att;               // [most][H][T], scratch of attention_step()
-  unsigned char *old_text; // reorder() copies from these when rows change places
+  unsigned char *text;     // [max_rows][capacity]
+  real *cache;             // [L][max_rows][H][2][T][D]: keys and values of the window
+  int *cell;               // [max_rows][T]: in which row of the cache position t of a row is
+  real *att;               // [max_rows][H][T], scratch of attention_cached()
+  unsigned char *old_text; // reorder() copies from these
   int *old_cell;
 } Writer;
 
-// The start of the window in which byte i has its place.
-static long window_of(long i, int T) {
-  long half = T - T/2;                            // rounded up
+static Writer *stepping;   // whose step forward() computes, for attention_cached()
+
+static long window_of(long i, int T) {   // the start of the window in which byte i has its place
+  long half = T - T/2;                   // rounded up
   return i < T ? 0 : ((i - T) / half + 1) * half;
 }
 
-static unsigned char *text_of(Writer *w, int row) { return w->text + row * w->room; }
-static int *cell_of(Writer *w, int row) {
-  return w->cell + (long)row * w->model.config.block_size;
-}
-static real *logits_of(Writer *w, int row) {      // of what comes after the newest byte
+static unsigned char *text_of(Writer *w, int row) { return w->text + row * w->capacity; }
+static int *cell_of(Writer *w, int row) { return w->cell + row * w->model.config.block_size; }
+static real *logits_of(Writer *w, int row) {   // of the byte after the last one
   return w->model.logits.data + (long)row * w->model.config.vocab_size;
 }
 enum { KEY, VALUE };
 static real *cache_at(Writer *w, int layer, int row, int head, int which, int t) {
   Config c = w->model.config;
-  long before = (((long)layer * w->most + row) * c.n_head + head) * 2 + which;
+  long before = (((long)layer * w->max_rows + row) * c.n_head + head) * 2 + which;
   return w->cache + (before * c.block_size + t) * (c.n_embd / c.n_head);
 }
 
-// Describes a writer of at most `most` texts of `room` bytes; as in model_plan(), the large pieces
-// of memory are not taken yet.
-static void writer_plan(Writer *w, Config config, int most, long room) {
+// Describes a writer of up to max_rows texts of up to n bytes; its model takes no memory yet.
+static void writer_layout(Writer *w, Config config, int max_rows, long n) {
   memset(w, 0, sizeof *w);
-  w->most = most;
-  w->room = room + 1;      // train.c's windows look one byte further, for a target
-  model_plan(&w->model, config, MAX(most, config.block_size), 0, 0);
+  w->max_rows = max_rows;
+  w->capacity = n + 1;     // the windows of train.c look one byte further, for a target
+  model_layout(&w->model, config, MAX(max_rows, config.block_size), 0, 0);
 }
 
 static void writer_allocate(Writer *w) {
   Config c = w->model.config;
-  size_t tokens = (size_t)w->most * c.block_size, texts = w->most * w->room;
-  size_t cells = tokens * sizeof(int), att = tokens * c.n_head * sizeof(real);
-  size_t cache = tokens * c.n_layer * 2 * c.n_embd * sizeof(real);
-  size_t padding = (7L*c.n_layer + 1) * c.n_embd * COLUMNS;   // a last panel may be part empty
-  size_t packed = (w->model.count + padding) * sizeof(real);
-  double needed = model_bytes(&w->model) + packed + cache + att + 2.0 * (texts + cells);
-  if (needed > device_memory())
-    die("%d texts at once need %.1f GB, the machine has %.1f GB: lower --beam, --samples or "
-        "--tokens", w->most, needed / 1e9, device_memory() / 1e9);
-  model_allocate(&w->model);
-  w->block = (BlockPanels *)device_alloc(c.n_layer * sizeof(BlockPanels));
-  w->packed = (real *)device_alloc(packed);
-  w->cache = (real *)device_alloc(cache);
-  w->att = (real *)device_alloc(att);
-  w->text = (unsigned char *)device_alloc(texts);
-  w->old_text = (unsigned char *)device_alloc(texts);
-  w->cell = (int *)device_alloc(cells);
-  w->old_cell = (int *)device_alloc(cells);
+  size_t tokens = (size_t)w->max_rows * c.block_size;
+  w->cache = (real *)device_alloc(tokens * c.n_layer * 2 * c.n_embd * sizeof(real));
+  w->att = (real *)device_alloc(tokens * c.n_head * sizeof(real));
+  w->text = (unsigned char *)device_alloc(w->max_rows * w->capacity);
+  w->old_text = (unsigned char *)device_alloc(w->max_rows * w->capacity);
+  w->cell = (int *)device_alloc(tokens * sizeof(int));
+  w->old_cell = (int *)device_alloc(tokens * sizeof(int));
 }
 
-static void writer_free(Writer *w) {
-  model_free(&w->model);
-  device_free(w->block); device_free(w->packed); device_free(w->cache); device_free(w->att);
-  device_free(w->text); device_free(w->old_text); device_free(w->cell); device_free(w->old_cell);
-}
-
-// Copies w (C,O) into panels, from *room on, and moves *room behind them.
-static Panels pack_matrix(real **room, Matrix w, const real *bias, int C, int O) {
-  Panels p = {*room, bias, C, O};
-  for (int o = 0; o < O; o += COLUMNS, *room += (long)C*COLUMNS)
-    pack(*room, COLUMNS, part_of(w, 0, o), C, MIN(COLUMNS, O - o));
-  return p;
-}
-static Panels pack_affine(real **room, Affine p, int C, int O) {
-  return pack_matrix(room, rows_of(p.weight.data, O), p.bias.data, C, O);
-}
-
-// To be called when the weights are there. They stay as they are, too: whole windows go through
-// forward().
-static void pack_weights(Writer *w) {
-  Model *m = &w->model;
-  int C = m->config.n_embd;
-  real *room = w->packed;
-  for (int l = 0; l < m->config.n_layer; l++) {
-    const Block *p = &m->block[l];
-    BlockPanels *panels = &w->block[l];
-    panels->c_attn = pack_affine(&room, p->c_attn, C, 3*C);
-    panels->attn_proj = pack_affine(&room, p->attn_proj, C, C);
-    panels->c_fc = pack_affine(&room, p->c_fc, C, 4*C);
-    panels->mlp_proj = pack_affine(&room, p->mlp_proj, 4*C, C);
-  }
-  w->head = pack_matrix(&room, transpose(rows_of(m->wte.data, C)), NULL, C, m->config.vocab_size);
-}
-
-// tile() of train.c for FEW rows or less: its arithmetic would cost more than the reading.
-enum { FEW = 4 };
-__attribute__((noinline))
-static void few_tile(real *c, long c_row, Matrix a, const real *panel, int rows, int columns,
-                     int depth, int add, const real *bias) {
-  tile_of(FEW, c, c_row, a, panel, rows, columns, depth, add, bias);
-}
-
-// y[n,o] = sum_c x[n,c] w[c,o] + b[o], for the N rows of a step. Reading w is all the cost as long
-// as N is small, and it comes from memory once for all rows: each panel from front to back, while
-// its sums stay in registers. y[n,o] is the same sum in the same order, however many rows and
-// threads there are.
-static void linear_step(Tensor y, Tensor x, Panels p, int N) {
-  parallel_for (panel, (p.O + COLUMNS - 1) / COLUMNS) {
-    int o = panel * COLUMNS, columns = MIN(COLUMNS, p.O - o);
-    const real *w = p.panel + (long)o*p.C, *bias = p.bias ? p.bias + o : NULL;
-    for (int n = 0; n < N; n += ROWS) {
-      int rows = MIN(ROWS, N - n);
-      real *y_n = y.data + (long)n*p.O + o;
-      Matrix x_n = rows_of(x.data + (long)n*p.C, p.C);
-      if (rows > FEW) tile(y_n, p.O, x_n, w, rows, columns, p.C, 0, bias);
-      else few_tile(y_n, p.O, x_n, w, rows, columns, p.C, 0, bias);
-    }
-  }
-}
-
-// Attention of one token a row, at position t, to those at positions 0..t: the keys and values of
-// the old ones come from the cache, those of the new one are put there.
-static void attention_step(Writer *w, Tensor out, Tensor qkv, int layer, int t) {
-  int C = w->model.config.n_embd, H = w->model.config.n_head, D = C / H;
-  int T = w->model.config.block_size;
+// Takes the place of attention_forward() in a step: B rows of one token each, at position t. The keys
+// and values of older tokens come from the cache; those of the new ones are put there.
+static void attention_cached(Tensor out, Tensor lse, Tensor qkv, int B, int T, int C, int H) {
+  Writer *w = stepping;
+  int D = C / H, layer = 0, t = (int)(w->n - 1 - w->start);
   real scale = 1 / sqrt_(D);
-  parallel_for (nh, w->rows * H) {
+  (void)lse; (void)T;
+  while (w->model.act[layer].qkv.data != qkv.data) layer++;
+  parallel_for (nh, B*H) {
     int n = nh / H, h = nh % H, *cell = cell_of(w, n);
     const real *q = qkv.data + (long)n*3*C + h*D;
-    real *o = out.data + (long)n*C + h*D, *att = w->att + nh*T;
+    real *out_n = out.data + (long)n*C + h*D, *att = w->att + nh * w->model.config.block_size;
     memcpy(cache_at(w, layer, cell[t], h, KEY, t), q + C, D * sizeof(real));
     memcpy(cache_at(w, layer, cell[t], h, VALUE, t), q + 2*C, D * sizeof(real));
-    for (int s = 0; s <= t; s++) att[s] = dot(q, cache_at(w, layer, cell[s], h, KEY, s), D);
-    real sum = softmax_weights(att, t + 1, t + 1, max_of(att, t + 1), scale);
-    for (int d = 0; d < D; d++) o[d] = 0;
+    for (int s = 0; s <= t; s++) {
+      const real *k = cache_at(w, layer, cell[s], h, KEY, s);
+      att[s] = SUM(real, d, D, q[d] * k[d]);
+    }
+    real sum = softmax_weights(att, t + 1, t + 1, max_of(att, t + 1) * scale, scale);
+    for (int d = 0; d < D; d++) out_n[d] = 0;
     for (int s = 0; s <= t; s++) {
       const real *v = cache_at(w, layer, cell[s], h, VALUE, s), p = att[s] / sum;
-      for (int d = 0; d < D; d++) o[d] += p * v[d];
+      for (int d = 0; d < D; d++) out_n[d] += p * v[d];
     }
   }
 }
 
-// The logits after one more token in each row: forward() with T = 1, and attention to the cache.
-static void step(void *argument) {
-  Writer *w = (Writer *)argument;
-  Model *m = &w->model;
-  int N = w->rows, C = m->config.n_embd;
-  int t = (int)(w->n - 1 - w->start);
-  Tensor position = {m->wpe.data + (long)t*C, NULL}, x = m->embedding;   // wpe[t], for all rows
-  embedding_forward(x, m->token, m->wte, position, N, 1, C);
-  for (int l = 0; l < m->config.n_layer; l++) {
-    Block *p = &m->block[l];
-    BlockPanels *panels = &w->block[l];
-    Acts *a = &m->act[l];
-    layernorm_forward(a->ln_1, a->ln_1_stats, x, p->ln_1, N, C);
-    linear_step(a->qkv, a->ln_1, panels->c_attn, N);
-    attention_step(w, a->attn, a->qkv, l, t);
-    linear_step(a->attn_proj, a->attn, panels->attn_proj, N);
-    residual_forward(a->x_mid, x, a->attn_proj, N, C);
-    layernorm_forward(a->ln_2, a->ln_2_stats, a->x_mid, p->ln_2, N, C);
-    linear_step(a->fc, a->ln_2, panels->c_fc, N);
-    gelu_forward(a->gelu, a->fc, N, 4*C);
-    linear_step(a->mlp_proj, a->gelu, panels->mlp_proj, N);
-    residual_forward(a->x, a->x_mid, a->mlp_proj, N, C);
-    x = a->x;
+// The logits after one more token in each row, by forward() of train.c: B rows of one token each,
+// with wpe[t] as the only position and attention to the cache.
+static void step(Writer *w) {
+  Model m = w->model;
+  m.wpe.data += (w->n - 1 - w->start) * m.config.n_embd;
+  m.attention = attention_cached;
+  MicroBatch batch = {&m, w->rows, 1, 0};
+  stepping = w;
+  launch(run_micro_batch, &batch);
+}
+
+// Logits and losses of n bytes from `start` on, computed anew.
+static void whole_window(Model *m, const unsigned char *bytes, long start, int n) {
+  MicroBatch batch = {m, 1, n, 0};
+  load_windows(m, bytes, &start, 1, n);
+  launch(run_micro_batch, &batch);
+}
+
+// Copies the matrix under each weight into panels, as pack() does it in every matmul of training: here
+// it is done once. A step then reads memory from front to back, which is what it does fastest.
+static void pack_weight(Tensor *t, Matrix w, int C, int O) {
+  t->packed = (real *)device_alloc((size_t)C * (O + COLUMNS) * sizeof(real));
+  for (int o = 0; o < O; o += COLUMNS)
+    pack(t->packed + (long)o*C, COLUMNS, part_of(w, 0, o), C, MIN(COLUMNS, O - o));
+}
+
+static void pack_weights(Model *m) {
+  for (Entry *e = m->parameter; e < m->parameter + m->n_parameters; e++) {
+    Matrix w = rows_of(e->tensor->data, e->cols);
+    if (e->tensor == &m->wte) pack_weight(e->tensor, transpose(w), e->cols, e->rows);
+    else if (e->cols && e->tensor != &m->wpe) pack_weight(e->tensor, w, e->rows, e->cols);
   }
-  layernorm_forward(m->x_f, m->x_f_stats, x, m->ln_f, N, C);
-  linear_step(m->logits, m->x_f, w->head, N);
 }
 
-// forward() of n bytes from `start` on: logits and losses of all of them.
-static void whole_window(Model *m, const unsigned char *text, long start, int n) {
-  MicroBatch f = {m, 1, n, 0};
-  load_windows(m, text, &start, 1, n);
-  launch(forward_only, &f);
-}
-
-// Fills the cache of a row with its window up to the newest byte; forward() has made all of it.
+// Fills the cache of a row with the keys and values of its window.
 static void fill_cache(Writer *w, int row) {
   int C = w->model.config.n_embd, H = w->model.config.n_head, D = C / H;
   int n = (int)(w->n - w->start);
-  if (!n) return;                                 // a context of one token keeps none
+  if (n == 0) return;                             // a context of one token has nothing to keep
   whole_window(&w->model, text_of(w, row), w->start, n);
   for (int t = 0; t < n; t++) {
     cell_of(w, row)[t] = row;
     for (int l = 0; l < w->model.config.n_layer; l++)
       for (int h = 0; h < H; h++)
         for (int which = KEY; which <= VALUE; which++)
-          memcpy(cache_at(w, l, row, h, which, t),     // from row t of qkv: q, key, value
+          memcpy(cache_at(w, l, row, h, which, t),     // a row of qkv: query, key, value
                  w->model.act[l].qkv.data + (3L*t + 1 + which)*C + h*D, D * sizeof(real));
   }
 }
 
-// Starts with `rows` copies of a prompt of one byte or more. It is computed once: all rows look at
-// the first one's part of the cache.
+// Starts `rows` texts with a prompt of one byte or more. It is computed once: all rows find it in the
+// cache of the first.
 static void start_writing(Writer *w, const unsigned char *prompt, long n, int rows) {
   int T = w->model.config.block_size, V = w->model.config.vocab_size;
   w->n = n;
@@ -252,8 +173,8 @@ static void start_writing(Writer *w, const unsigned char *prompt, long n, int ro
   }
 }
 
-// Row i goes on from what was row parent[i]. Nothing is computed again, and no key or value moves:
-// a token's stay in the cache row of whoever wrote it, and what is copied is the note of where.
+// Row i continues what was row parent[i]. Nothing is computed again, and no key or value is copied: it
+// stays in the cache row where it was computed, and only the note of where, cell, is copied.
 static void reorder(Writer *w, const int *parent, int rows) {
   Writer old = *w;
   int moved = 0;
@@ -268,7 +189,7 @@ static void reorder(Writer *w, const int *parent, int rows) {
   }
 }
 
-// One more byte for each row; then logits_of() are those after it.
+// Appends a byte to each row; then logits_of() are those of the byte after it.
 static void advance(Writer *w, const unsigned char *byte) {
   int T = w->model.config.block_size;
   if (w->n - w->start == T) {                     // the window is full: it slides
@@ -281,16 +202,16 @@ static void advance(Writer *w, const unsigned char *byte) {
     w->model.token[row] = byte[row];
   }
   w->n++;
-  launch(step, w);
+  step(w);
 }
 
 // ---- 2. The choice ----------------------------------------------------------------------------
-// Only bytes are chosen: of a larger vocabulary, the words from 256 on are left out.
+// Only bytes are chosen: entries of the vocabulary from 256 on are left out.
 static int choices(int V) { return MIN(V, 256); }
 
 typedef struct { int byte; double p; } Choice;
 
-static int by_probability(const void *a, const void *b) {   // equal ones: the smaller byte first
+static int by_probability(const void *a, const void *b) {   // if equal: the smaller byte first
   const Choice *x = (const Choice *)a, *y = (const Choice *)b;
   return x->p != y->p ? (x->p < y->p ? 1 : -1) : x->byte - y->byte;
 }
@@ -298,10 +219,10 @@ static int by_probability(const void *a, const void *b) {   // equal ones: the s
 static void check_finite(double x) {
   if (isfinite(x)) return;
   printf("\n");                                   // ends what was written so far
-  die("the model's numbers are not finite: are its weights damaged?");
+  die("the model computes inf or nan: are its weights damaged?");
 }
 
-// p[v] = softmax(logits / temperature)[v], over all bytes v; returns how many those are.
+// p[v] = softmax(logits / temperature)[v] over all bytes v; returns how many there are.
 static int probabilities(Choice *choice, const real *logits, int V, double temperature) {
   int n = choices(V);
   double max = max_of(logits, n), sum = 0;
@@ -315,8 +236,9 @@ static int probabilities(Choice *choice, const real *logits, int V, double tempe
   return n;
 }
 
-// Leaves the top_k likeliest (0: all), of those the fewest that add up to top_p of what was left;
-// what remains adds up to 1 again. Returns how many remain. Fan et al. 2018; Holtzman et al. 2020.
+// Keeps the top_k likeliest (0: all), and of those the fewest whose probabilities add up to top_p of
+// theirs; scales what remains to a sum of 1. Returns how many remain. Fan et al. 2018; Holtzman et
+// al. 2020.
 static int truncate_choices(Choice *choice, int n, int top_k, double top_p) {
   if ((!top_k || top_k >= n) && top_p >= 1) return n;
   qsort(choice, n, sizeof *choice, by_probability);
@@ -329,41 +251,36 @@ static int truncate_choices(Choice *choice, int n, int top_k, double top_p) {
   return k;
 }
 
-static int draw(const Choice *choice, int n, double u) {   // u uniform in [0,1)
-  int i = 0;
-  for (; i < n - 1 && u >= choice[i].p; i++) u -= choice[i].p;
-  return choice[i].byte;
-}
-
 typedef struct { double temperature, top_p; int top_k, seed; } Sampler;   // temperature 0: greedy
 
-// Text number `sample` draws from random numbers of its own, so that it is the same text however
-// many are written at once.
+// Byte i of text number `sample`. Each text has random numbers of its own, so it does not depend on
+// how many are written at the same time.
 static int choose(const Sampler *s, const real *logits, int V, int sample, long i) {
   Choice choice[256];
-  int n = probabilities(choice, logits, V, s->temperature > 0 ? s->temperature : 1), best = 0;
+  int n = probabilities(choice, logits, V, s->temperature > 0 ? s->temperature : 1), k = 0;
   if (s->temperature == 0) {
-    for (int v = 1; v < n; v++) if (logits[v] > logits[best]) best = v;
-    return best;
+    for (int v = 1; v < n; v++) if (logits[v] > logits[k]) k = v;
+    return k;
   }
   n = truncate_choices(choice, n, s->top_k, s->top_p);
-  return draw(choice, n, random_uniform(random_bits(s->seed, sample), i));
+  double u = random_uniform(random_bits(s->seed, sample), i);
+  for (; k < n - 1 && u >= choice[k].p; k++) u -= choice[k].p;
+  return choice[k].byte;
 }
 
-// In each row, byte i after the prompt.
-static void draw_step(Writer *w, const Sampler *s, long i) {
+static void sample_step(Writer *w, const Sampler *s, long i) {
   unsigned char byte[256];
   for (int row = 0; row < w->rows; row++)
     byte[row] = (unsigned char)choose(s, logits_of(w, row), w->model.config.vocab_size, row, i);
   advance(w, byte);
 }
 
-// Beam search. score[i] is log p of what row i has written so far; each row could go on with any
-// byte, and of all these ways the W with the largest score become the rows. No byte ends a text, so
-// all are equally long, and no row has to be forgiven its length here.
-typedef struct { double score; int row, byte; } Way;
+// Beam search. score[i] is log p of what row i has written so far. Each row could continue with any
+// byte; of all these candidates the W with the largest score become the rows. No byte ends a text, so
+// all are of equal length, and no score needs to be corrected for it.
+typedef struct { double score; int row, byte; } Candidate;
 
-static int best_ways(Way *best, int most, Writer *w, const double *score) {
+static int best_candidates(Candidate *best, Writer *w, const double *score) {
   int kept = 0, V = w->model.config.vocab_size;
   for (int row = 0; row < w->rows; row++) {
     const real *logits = logits_of(w, row);
@@ -372,22 +289,22 @@ static int best_ways(Way *best, int most, Writer *w, const double *score) {
     check_finite(sum);
     double lse = max + log(sum);
     for (int v = 0; v < choices(V); v++) {
-      Way way = {score[row] + logits[v] - lse, row, v};
-      if (kept == most && way.score <= best[most - 1].score) continue;   // equal ones: the first
-      int i = kept < most ? kept++ : most - 1;
-      for (; i > 0 && way.score > best[i - 1].score; i--) best[i] = best[i - 1];
-      best[i] = way;
+      Candidate c = {score[row] + logits[v] - lse, row, v};
+      if (kept == w->max_rows && c.score <= best[kept - 1].score) continue;   // if equal: the first
+      int i = kept < w->max_rows ? kept++ : kept - 1;
+      for (; i > 0 && c.score > best[i - 1].score; i--) best[i] = best[i - 1];
+      best[i] = c;
     }
   }
   return kept;
 }
 
-// One step of a search for W rows; they begin as one row, since W equal ones would stay equal.
+// One step of a search with max_rows hypotheses. It begins with one row: equal rows would stay equal.
 static void beam_step(Writer *w, double *score) {
-  Way best[256];
+  Candidate best[256];
   int parent[256];
   unsigned char byte[256];
-  int rows = best_ways(best, w->most, w, score);
+  int rows = best_candidates(best, w, score);
   for (int i = 0; i < rows; i++) {
     parent[i] = best[i].row;
     byte[i] = (unsigned char)best[i].byte;
@@ -397,7 +314,45 @@ static void beam_step(Writer *w, double *score) {
   advance(w, byte);
 }
 
-// ---- 3. Looking inside ------------------------------------------------------------------------
+// ---- 3. Writing -------------------------------------------------------------------------------
+
+static struct {
+  const char *folder, *prompt, *score, *attention;
+  int tokens, top_k, greedy, beam, seed, threads, compare, samples, explain, bench;
+  double temperature, top_p;
+} gen;   // each option of section 7 has the name of its field
+
+// Without --prompt it is a line break, which is hidden: not printed.
+static struct { const unsigned char *byte; long n, hidden; } prompt;
+
+// The length in bytes, 1 to 4, of the UTF-8 character at p, of which n bytes are there; 0 if they are
+// only its beginning, -1 if they are not UTF-8.
+static int utf8_length(const unsigned char *p, long n) {
+  int length = p[0] < 0x80 ? 1 : p[0] < 0xc2 ? -1 : p[0] < 0xe0 ? 2 : p[0] < 0xf0 ? 3
+             : p[0] < 0xf5 ? 4 : -1;
+  for (int i = 1; i < MIN(length, n); i++) {
+    int low = i > 1 ? 0x80 : p[0] == 0xe0 ? 0xa0 : p[0] == 0xf0 ? 0x90 : 0x80;   // no overlong form
+    int high = i > 1 ? 0xbf : p[0] == 0xed ? 0x9f : p[0] == 0xf4 ? 0x8f : 0xbf;  // no surrogate
+    if (p[i] < low || p[i] > high) return -1;
+  }
+  return length > n ? 0 : length;
+}
+
+// Prints bytes as UTF-8: U+FFFD in place of what is not, and of control characters, which could do
+// anything to a terminal. Returns how many bytes were printed: the beginning of a character at the end
+// is left for the next call, unless this is the last one.
+static long print_text(const unsigned char *p, long n, int last) {
+  long i = 0;
+  while (i < n) {
+    int length = utf8_length(p + i, n - i);
+    if (length == 0 && !last) break;
+    int control = length == 1 && (p[i] < 32 || p[i] == 127) && p[i] != '\n' && p[i] != '\t';
+    if (length < 1 || control) fputs("\xef\xbf\xbd", stdout), i++;
+    else fwrite(p + i, 1, length, stdout), i += length;
+  }
+  fflush(stdout);
+  return i;
+}
 
 // A byte as something that can be read; out has 8 bytes.
 static const char *readable(char *out, int byte) {
@@ -407,6 +362,7 @@ static const char *readable(char *out, int byte) {
   return out;
 }
 
+// --explain: a byte that was written, and the five likeliest that could have been.
 static void explain(const real *logits, int V, int byte) {
   Choice choice[256];
   char name[8];
@@ -421,141 +377,35 @@ static void explain(const real *logits, int V, int byte) {
 }
 
 // The sum of -log p of bytes first..n-1 of a text, each given those before it in its window. With
-// `show`, a line for each: what it was, and what else it might have been.
-static double text_loss(Writer *w, const unsigned char *text, long first, long n, int show) {
+// `explained`, a line for each.
+static double text_loss(Writer *w, const unsigned char *bytes, long first, long n, int explained) {
   Model *m = &w->model;
   int T = m->config.block_size, V = m->config.vocab_size;
   double sum = 0;
   for (long i = first - 1; i < n - 1; ) {         // byte i predicts byte i + 1
     long start = window_of(i, T), end = MIN(start + T, n - 1);
-    whole_window(m, text, start, (int)(end - start));
+    whole_window(m, bytes, start, (int)(end - start));
     for (; i < end; i++) {
       sum += m->loss.data[i - start];
-      if (show) explain(m->logits.data + (i - start)*V, V, text[i + 1]);
+      if (explained) explain(m->logits.data + (i - start)*V, V, bytes[i + 1]);
     }
   }
   return sum;
 }
 
-// The picture of --attention: for each layer (down) and head (across) a triangle, in which row t
-// shows what byte t of the prompt looks at.
-enum { MOST_SEEN = 64, MAP = 240, GAP = 34, MARGIN = 60, HEAD_ROOM = 96 };   // bytes; pixels
-
-// att[t,s] of one head, from the queries and keys that forward() left: (n,n), zero for s > t.
-static void head_attention(const Model *m, int layer, int head, int n, real *att) {
-  int C = m->config.n_embd, D = C / m->config.n_head;
-  for (int t = 0; t < n; t++) {
-    const real *q = m->act[layer].qkv.data + (long)t*3*C + head*D, *k = q + C - (long)t*3*C;
-    for (int s = 0; s <= t; s++) att[t*n + s] = dot(q, k + (long)s*3*C, D);
-    real sum = softmax_weights(att + t*n, t + 1, n, max_of(att + t*n, t + 1), 1 / sqrt_(D));
-    for (int s = 0; s <= t; s++) att[t*n + s] /= sum;
-  }
-}
-
-// How many bytes back a head looks, on average.
-static double mean_distance(const real *att, int n) {
-  double sum = 0;
-  for (int t = 0; t < n; t++)
-    for (int s = 0; s < t; s++) sum += att[t*n + s] * (t - s);
-  return sum / n;
-}
-
-// The character that starts at byte i, fit for XML; a dot for the rest of one, or what is none.
-static void svg_label(String *s, const unsigned char *text, int n, int i, double x, double y,
-                      const char *style) {
-  char label[16] = "\xc2\xb7";
-  int length = utf8_length(text + i, n - i);
-  if (text[i] == ' ') strcpy(label, "\xe2\x90\xa3");
-  else if (text[i] == '\n') strcpy(label, "\xe2\x86\xb5");
-  else if (text[i] == '<') strcpy(label, "&lt;");
-  else if (text[i] == '&') strcpy(label, "&amp;");
-  else if (length > 0 && text[i] > 32 && text[i] != 127)
-    snprintf(label, length + 1, "%s", text + i);
-  svg_text(s, x, y, style, label);
-}
-
-static void svg_head(String *s, const real *att, const unsigned char *text, int n, double x,
-                     double y) {
-  double side = (double)MAP / n, size = MIN(11, side);
-  char style[80];
-  append(s, "<path d=\"M%.1f %.1fL%.1f %.1fH%.1fz\" fill=\"#f1f4f9\"/>\n", x, y, x + MAP, y + MAP,
-         x);
-  for (int t = 0; t < n; t++)
-    for (int u = 0; u <= t; u++) {
-      double a = sqrt(att[t*n + u]);              // the root shows small weights, too
-      if (a < 0.05) continue;
-      append(s, "<rect x=\"%.2f\" y=\"%.2f\" width=\"%.2f\" height=\"%.2f\" "
-             "fill=\"rgb(%.0f,%.0f,%.0f)\"/>\n", x + u*side, y + t*side, side, side,
-             241 - 233*a, 244 - 196*a, 249 - 142*a);
-    }
-  snprintf(style, sizeof style, "font-size=\"%.1f\" text-anchor=\"middle\" fill=\"#666\"", size);
-  for (int t = 0; t < n; t++) {
-    svg_label(s, text, n, t, x - size*0.7, y + (t + 0.5)*side + size*0.35, style);
-    svg_label(s, text, n, t, x + (t + 0.5)*side, y + MAP + size*1.1, style);
-  }
-}
-
-static void write_attention(Writer *w, const unsigned char *text, long bytes, const char *path) {
-  Model *m = &w->model;
-  int L = m->config.n_layer, H = m->config.n_head;
-  int n = (int)MIN(bytes, MIN(MOST_SEEN, m->config.block_size));
-  int width = 2*MARGIN + H*MAP + (H - 1)*GAP, height = HEAD_ROOM + L*(MAP + 2*GAP) + GAP;
-  real *att = (real *)host_alloc(NULL, n*n * sizeof(real));
-  whole_window(m, text, bytes - n, n);
-  text += bytes - n;
-  String s = {NULL, 0, 0};
-  append(&s, "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 %d %d\" "
-         "font-family=\"Helvetica, Arial, sans-serif\" font-size=\"13\" fill=\"#333\">\n"
-         "<rect width=\"%d\" height=\"%d\" fill=\"white\"/>\n", width, height, width, height);
-  svg_text(&s, MARGIN, 30, "font-size=\"18\"", "What each byte looks at");
-  char key[200];
-  snprintf(key, sizeof key, "A row is a byte, its columns the bytes up to it: the darker, the more "
-           "attention. Spread evenly, it would go %.1f bytes back.", (n - 1) / 4.0);
-  svg_text(&s, MARGIN, 52, "fill=\"#666\"", key);
-  for (int l = 0; l < L; l++)
-    for (int h = 0; h < H; h++) {
-      char caption[128];
-      double x = MARGIN + h*(MAP + GAP), y = HEAD_ROOM + l*(MAP + 2*GAP);
-      head_attention(m, l, h, n, att);
-      snprintf(caption, sizeof caption, "layer %d, head %d: %.1f bytes back", l + 1, h + 1,
-               mean_distance(att, n));
-      svg_text(&s, x, y - 10, "", caption);
-      svg_head(&s, att, text, n, x, y);
-    }
-  append(&s, "</svg>\n");
-  Output out = output_open(path);
-  output_write(&out, s.at, s.size);
-  output_close(&out);
-  fprintf(stderr, "%s: the attention of %d heads over %d bytes\n", path, L*H, n);
-  free(s.at);
-  free(att);
-}
-
-// ---- 4. Writing -------------------------------------------------------------------------------
-
-static struct {
-  const char *folder, *prompt, *score, *attention;
-  int tokens, top_k, greedy, beam, seed, threads, compare, samples, explain, bench;
-  double temperature, top_p, length_penalty;
-} gen;   // each has the name of its option: room 6
-
-// n bytes. Without --prompt the only one is a line break, which is hidden: not printed.
-static struct { const unsigned char *byte; long n, hidden; } prompt;
-
-// How many bytes of row 0 are settled, n at least: those that all hypotheses of a search share.
-static long settled(Writer *w, long n, int beam) {
-  if (!beam) return w->n;
+// The first byte, from n on, that the hypotheses of a search do not agree on yet.
+static long agreed_until(Writer *w, long n, int beam) {
   for (; n < w->n; n++)
-    for (int row = 1; row < w->rows; row++)
+    for (int row = 1; beam && row < w->rows; row++)
       if (text_of(w, row)[n] != text_of(w, 0)[n]) return n;
   return n;
 }
 
-typedef struct { double score, seconds; } Written;   // log p of a beam's best; with the prompt's
+typedef struct { double score, seconds; } Result;   // log p of the best hypothesis
 
-// Goes on from the prompt by gen.tokens bytes: rows drawn with s, or one searched for with a beam.
-// With `stream`, row 0 is printed as it is made.
-static Written write_text(Writer *w, const Sampler *s, int rows, int beam, int stream) {
+// Continues the prompt by gen.tokens bytes: `rows` samples, or the best of a beam search. With
+// `stream`, row 0 is printed while it is written.
+static Result write_text(Writer *w, const Sampler *s, int rows, int beam, int stream) {
   double score[256] = {0}, started = seconds();
   long agreed = prompt.n, printed = prompt.hidden;
   start_writing(w, prompt.byte, prompt.n, beam ? 1 : rows);
@@ -563,21 +413,21 @@ static Written write_text(Writer *w, const Sampler *s, int rows, int beam, int s
     if (stream) printed += print_text(text_of(w, 0) + printed, agreed - printed, 0);
     if (i == gen.tokens) break;
     if (beam) beam_step(w, score);
-    else draw_step(w, s, i);
-    agreed = settled(w, agreed, beam);
+    else sample_step(w, s, i);
+    agreed = agreed_until(w, agreed, beam);
   }
+  check_finite(logits_of(w, 0)[0]);
   if (stream) print_text(text_of(w, 0) + printed, w->n - printed, 1), printf("\n");
-  Written written = {score[0], seconds() - started};
-  return written;
+  Result result = {score[0], seconds() - started};
+  return result;
 }
 
 static void write_samples(Writer *w) {
   Sampler s = {gen.greedy ? 0 : gen.temperature, gen.top_p, gen.top_k, gen.seed};
-  int most = gen.samples;
-  if (most > 1) printf("--- 1 of %d ---\n", most);
-  Written written = write_text(w, &s, most, gen.beam, 1);
-  for (int row = 1; row < most; row++) {
-    printf("--- %d of %d ---\n", row + 1, most);
+  if (gen.samples > 1) printf("--- 1 of %d ---\n", gen.samples);
+  Result result = write_text(w, &s, gen.samples, gen.beam, 1);
+  for (int row = 1; row < gen.samples; row++) {
+    printf("--- %d of %d ---\n", row + 1, gen.samples);
     print_text(text_of(w, row) + prompt.hidden, w->n - prompt.hidden, 1);
     printf("\n");
   }
@@ -585,19 +435,25 @@ static void write_samples(Writer *w) {
     printf("\nbyte       p   | the five likeliest, and what was chosen <\n");
     text_loss(w, text_of(w, 0), prompt.n, prompt.n + gen.tokens, 1);
   }
-  fflush(stdout);                      // the text before what is said of it
-  if (gen.beam)
-    fprintf(stderr, "beam %d: log p %.3f, score %.4f\n", gen.beam, written.score,
-            written.score / pow(MAX(1, gen.tokens), gen.length_penalty));
-  double bytes = (double)most * gen.tokens;
+  fflush(stdout);                                 // the text before what is said of it
+  if (gen.beam) fprintf(stderr, "beam %d: log p %.3f\n", gen.beam, result.score);
+  double bytes = (double)gen.samples * gen.tokens;
   if (bytes)
-    fprintf(stderr, "%.0f bytes, %.0f tokens/s, threads %d\n", bytes, bytes / written.seconds,
+    fprintf(stderr, "%.0f bytes, %.0f tokens/s, threads %d\n", bytes, bytes / result.seconds,
             n_threads);
 }
 
-// ---- Greedy against beam search: --compare
+// --score: the loss of a text.
+static void score_text(Writer *w, const unsigned char *bytes, long n) {
+  double loss = text_loss(w, bytes, 1, n, gen.explain) / (n - 1);
+  check_finite(loss);
+  printf("bytes %ld\nperplexity %.4f\nbits per byte %.6f\nloss %.6f\n", n, exp(loss),
+         loss / log(2), loss);
+}
 
-// Prints the next line of a text in a column of this width, broken between words where it can be;
+// ---- 4. Greedy against beam search: --compare -------------------------------------------------
+
+// Prints the next line of a text in a column of this width, broken between words where possible;
 // returns where the line after it begins.
 static const unsigned char *print_cell(const unsigned char *p, const unsigned char *end,
                                        int width) {
@@ -614,7 +470,7 @@ static const unsigned char *print_cell(const unsigned char *p, const unsigned ch
     if (stop[-1] == ' ') space = stop, at_space = columns;
   }
   while (p < stop)
-    if (*p == '\t') putchar(' '), p++;            // a tab would be as wide as it likes
+    if (*p == '\t') putchar(' '), p++;            // a tab would change the width
     else p += print_text(p, MAX(1, utf8_length(p, stop - p)), 1);
   printf("%*s", width - columns, "");
   return p < end && *p == '\n' ? p + 1 : p;
@@ -630,13 +486,13 @@ static void print_side_by_side(const unsigned char *a, const unsigned char *b, l
   }
 }
 
-static void print_parting(Writer *w, const unsigned char *a, const unsigned char *b) {
+static void print_first_difference(Writer *w, const unsigned char *a, const unsigned char *b) {
   long i = prompt.n, end = prompt.n + gen.tokens;
   char x[8], y[8];
   while (i < end && a[i] == b[i]) i++;
   if (i == end) { printf("They wrote the same text.\n"); return; }
   double p = exp(-text_loss(w, a, i, i + 1, 0)), q = exp(-text_loss(w, b, i, i + 1, 0));
-  printf("They part after %ld byte%s: greedy took %s (%.1f %%), beam search %s (%.1f %%).\n",
+  printf("They differ after %ld byte%s: greedy took %s (%.1f %%), beam search %s (%.1f %%).\n",
          i - prompt.n, i - prompt.n == 1 ? "" : "s", readable(x, a[i]), 100 * p,
          readable(y, b[i]), 100 * q);
 }
@@ -644,53 +500,126 @@ static void print_parting(Writer *w, const unsigned char *a, const unsigned char
 static void compare(Writer *w) {
   Sampler greedy = {0, 1, 0, 0};
   long n = prompt.n + gen.tokens;
-  unsigned char *text[2];
+  unsigned char *written[2];
   double loss[2], rate[2];
   for (int i = 0; i < 2; i++) {
-    Written written = write_text(w, &greedy, 1, i ? gen.beam : 0, 0);
-    text[i] = (unsigned char *)memcpy(host_alloc(NULL, n), text_of(w, 0), n);
-    rate[i] = gen.tokens / written.seconds;
-    loss[i] = text_loss(w, text[i], prompt.n, n, 0);
+    Result result = write_text(w, &greedy, 1, i ? gen.beam : 0, 0);
+    written[i] = (unsigned char *)memcpy(host_alloc(NULL, n), text_of(w, 0), n);
+    rate[i] = gen.tokens / result.seconds;
+    loss[i] = text_loss(w, written[i], prompt.n, n, 0);
   }
   const char *rule = "-----------------------------------------------";
   printf("%-46s | beam search, %d hypotheses\n%s+%s\n", "greedy", gen.beam, rule, rule);
-  print_side_by_side(text[0] + prompt.hidden, text[1] + prompt.hidden, n - prompt.hidden);
-  printf("\n%-12s %10s %10s %12s %10s\n", "", "loss", "a byte", "score", "tokens/s");
+  print_side_by_side(written[0] + prompt.hidden, written[1] + prompt.hidden, n - prompt.hidden);
+  printf("\n%-12s %10s %10s %10s\n", "", "loss", "per byte", "tokens/s");
   for (int i = 0; i < 2; i++)
-    printf("%-12s %10.3f %10.4f %12.4f %10.0f\n", i ? "beam search" : "greedy", loss[i],
-           loss[i] / gen.tokens, -loss[i] / pow(gen.tokens, gen.length_penalty), rate[i]);
-  print_parting(w, text[0], text[1]);
+    printf("%-12s %10.3f %10.4f %10.0f\n", i ? "beam search" : "greedy", loss[i],
+           loss[i] / gen.tokens, rate[i]);
+  print_first_difference(w, written[0], written[1]);
   double times = exp(fabs(loss[0] - loss[1]));
-  if (loss[0] == loss[1]) printf("To the model both are as likely.\n");
-  else printf("To the model, what %s wrote is %.*f times as likely.\n",
+  if (loss[0] == loss[1]) printf("To the model both texts are equally likely.\n");
+  else printf("To the model, the text of %s is %.*f times as likely.\n",
               loss[1] < loss[0] ? "beam search" : "greedy", times < 100 ? 1 : 0, times);
-  free(text[0]);
-  free(text[1]);
 }
 
-static void score(Writer *w, const unsigned char *text, long n) {
-  double loss = text_loss(w, text, 1, n, gen.explain) / (n - 1);
-  check_finite(loss);
-  printf("bytes %ld\nperplexity %.4f\nbits per byte %.6f\nloss %.6f\n", n, exp(loss),
-         loss / log(2), loss);
+// ---- 5. Looking inside: --attention -----------------------------------------------------------
+// A picture for each layer (down) and head (across): a triangle in which row t shows how much byte t
+// of the prompt attends to each byte up to itself.
+enum { MAX_SHOWN = 64, MAP = 240, GAP = 34, MARGIN = 60, TOP = 96 };   // bytes; pixels
+
+// att[t,s] of one head, from the queries and keys that forward() left: (n,n), 0 for s > t.
+static void head_attention(const Model *m, int layer, int head, int n, real *att) {
+  int C = m->config.n_embd, H = m->config.n_head, D = C / H;
+  const real *q = m->act[layer].qkv.data + head*D, *k = q + C;
+  for (int t = 0; t < n; t++) {
+    for (int s = 0; s <= t; s++) att[t*n + s] = score(q + 3L*t*C, k + 3L*s*C, D);
+    real sum = softmax_weights(att + t*n, t + 1, n, max_of(att + t*n, t + 1), 1);
+    check_finite(sum);
+    for (int s = 0; s <= t; s++) att[t*n + s] /= sum;
+  }
 }
 
-// ---- 5. Speed ---------------------------------------------------------------------------------
+static double mean_distance(const real *att, int n) {   // how many bytes back a head attends
+  double sum = 0;
+  for (int t = 0; t < n; t++)
+    for (int s = 0; s < t; s++) sum += att[t*n + s] * (t - s);
+  return sum / n;
+}
 
-// How many threads a step is worth. It has ten barriers a layer, of some 0.5 us each if there is
-// anybody to wait for (more on a busy machine); alone it reads weights at some 25 GB/s, and a row
-// more costs a sixteenth of that in arithmetic. So a model of a MB is best read by one thread. More
-// must pay well, as each barrier waits for whichever core is busy with something else: all cores
-// are taken if that saves 3 parts in 10.
+// The character that begins at byte i, fit for XML; a dot for the rest of one, or what is none.
+static const char *label(const unsigned char *bytes, int n, int i) {
+  static char character[8];
+  int length = utf8_length(bytes + i, n - i);
+  if (bytes[i] == ' ') return "\xe2\x90\xa3";
+  if (bytes[i] == '\n') return "\xe2\x86\xb5";
+  if (bytes[i] == '<') return "&lt;";
+  if (bytes[i] == '&') return "&amp;";
+  if (length < 1 || bytes[i] < 32 || bytes[i] == 127) return "\xc2\xb7";
+  snprintf(character, length + 1, "%s", bytes + i);
+  return character;
+}
+
+static void svg_head(FILE *f, const real *att, const unsigned char *bytes, int n, double x,
+                     double y) {
+  double side = (double)MAP / n, size = MIN(11, side);
+  char style[80];
+  fprintf(f, "<path d=\"M%.1f %.1fL%.1f %.1fH%.1fz\" fill=\"#f1f4f9\"/>\n", x, y, x + MAP, y + MAP,
+          x);
+  for (int t = 0; t < n; t++)
+    for (int s = 0; s <= t; s++) {
+      double a = sqrt(att[t*n + s]);              // the root makes small weights visible
+      if (a < 0.05) continue;
+      fprintf(f, "<rect x=\"%.2f\" y=\"%.2f\" width=\"%.2f\" height=\"%.2f\" "
+              "fill=\"rgb(%.0f,%.0f,%.0f)\"/>\n", x + s*side, y + t*side, side, side,
+              241 - 233*a, 244 - 196*a, 249 - 142*a);
+    }
+  snprintf(style, sizeof style, "font-size=\"%.1f\" text-anchor=\"middle\" fill=\"#666\"", size);
+  for (int t = 0; t < n; t++) {
+    svg_text(f, x - size*0.7, y + (t + 0.5)*side + size*0.35, style, "%s", label(bytes, n, t));
+    svg_text(f, x + (t + 0.5)*side, y + MAP + size*1.1, style, "%s", label(bytes, n, t));
+  }
+}
+
+static void write_attention(Writer *w, const unsigned char *bytes, long n_bytes) {
+  Model *m = &w->model;
+  int L = m->config.n_layer, H = m->config.n_head;
+  int n = (int)MIN(n_bytes, MIN(MAX_SHOWN, m->config.block_size));
+  real *att = (real *)host_alloc(NULL, n*n * sizeof(real));
+  whole_window(m, bytes, n_bytes - n, n);
+  bytes += n_bytes - n;
+  FILE *f = output_open(NULL, gen.attention);
+  svg_begin(f, 2*MARGIN + H*MAP + (H - 1)*GAP, TOP + L*(MAP + 2*GAP) + GAP);
+  svg_text(f, MARGIN, 30, "font-size=\"18\"", "What each byte attends to");
+  svg_text(f, MARGIN, 52, "fill=\"#666\"", "A row is a byte, its columns the bytes up to it; darker "
+           "is more attention. Spread evenly, it would go %.1f bytes back.", (n - 1) / 4.0);
+  for (int l = 0; l < L; l++)
+    for (int h = 0; h < H; h++) {
+      double x = MARGIN + h*(MAP + GAP), y = TOP + l*(MAP + 2*GAP);
+      head_attention(m, l, h, n, att);
+      svg_text(f, x, y - 10, "", "layer %d, head %d: %.1f bytes back", l + 1, h + 1,
+               mean_distance(att, n));
+      svg_head(f, att, bytes, n, x, y);
+    }
+  fprintf(f, "</svg>\n");
+  output_close();
+  fprintf(stderr, "%s: the attention of %d heads over %d bytes\n", gen.attention, L*H, n);
+  free(att);
+}
+
+// ---- 6. Speed ---------------------------------------------------------------------------------
+
+// How many threads a step should use: all cores, if that is expected to save 3 parts in 10. A step
+// has some ten barriers a layer, of about 0.5 us each; one thread reads weights at about 25 GB/s, and
+// each row adds a sixteenth of that time in arithmetic. So a model of 1 MB is read fastest by one.
 static int worthwhile_threads(const Model *m, int rows, int cores) {
   double barriers = 10.0 * m->config.n_layer + 3;
   double alone = m->count * sizeof(real) * (1 + rows / 16.0) / 25e9;
   return alone / cores + barriers * 5e-7 < 0.7 * alone ? cores : 1;
 }
 
-// Reads all weights and does next to nothing with them: the most that a step could do.
-static void read_all(void *argument) {
-  Model *m = (Model *)argument;
+// Reads all weights and computes next to nothing: the fastest that a step could be.
+static void read_weights(void *model) {
+  Model *m = (Model *)model;
   parallel_for (chunk, chunks(m->n_weights)) {
     const real *x = m->weights.data + chunk*CHUNK;
     long n = MIN((long)CHUNK, m->n_weights - chunk*CHUNK) / (4*VECTOR) * (4*VECTOR);
@@ -698,23 +627,22 @@ static void read_all(void *argument) {
     for (long i = 0; i < n; i += 4*VECTOR)
       for (int j = 0; j < 4; j++) sum[j] += *(const vec *)(x + i + j*VECTOR);
     vec all = sum[0] + sum[1] + sum[2] + sum[3];
-    m->partial[chunk] = all[0];                   // a sum that nobody wanted would not be computed
+    m->partial[chunk] = all[0];                   // without a use, the sum would not be computed
   }
 }
 
-// Tokens a second, beside what reading the weights alone takes: TURN times the one, TURN times the
-// other, and so on; the first of a turn, which find memory as the other left it, are not counted.
-// Medians.
+// Tokens a second, and how near that is to reading the weights: TURN times the one, then TURN times
+// the other, and so on. The first WARM_UP of a turn find the caches as the other left them, and are
+// not counted. Medians.
 enum { BENCH_ROWS = 16, TURN = 20, WARM_UP = 5 };
 static void bench(Writer *w) {
   Model *m = &w->model;
   int T = MIN(m->config.block_size, 128);
-  double bytes = (double)(m->count - entry_count(&m->parameter[1])) * sizeof(real);   // not wpe
-  double all = (double)m->n_weights * sizeof(real), took[2][100*TURN];
+  double bytes = (double)m->n_weights * sizeof(real), took[2][100*TURN];
   unsigned char byte[BENCH_ROWS] = "\n";
-  printf("%.2f M parameters, %.1f MB of weights, threads %d\n", m->count / 1e6, all / 1e6,
+  printf("%.2f M parameters, %.1f MB of weights, threads %d\n", m->count / 1e6, bytes / 1e6,
          n_threads);
-  for (int rows = 1; rows <= w->most; rows *= 2) {
+  for (int rows = 1; rows <= w->max_rows; rows *= 2) {
     int n = 0;
     start_writing(w, byte, 1, rows);
     for (double until = seconds() + 3; n < 100*TURN && seconds() < until; n += TURN)
@@ -723,132 +651,110 @@ static void bench(Writer *w) {
           if (w->n >= MAX(T, 2)) start_writing(w, byte, 1, rows);
           double started = seconds();
           if (writing) advance(w, byte);
-          else launch(read_all, m);
+          else launch(read_weights, m);
           if (i >= 0) took[writing][n + i] = seconds() - started;
         }
     double read = median(took[0], n), step = median(took[1], n);
-    printf("rows %-3d %9.0f tokens/s | weights read at %6.1f GB/s, %3.0f %% of the %.1f GB/s that "
-           "reading alone reaches\n", rows, rows / step, bytes / step * 1e-9,
-           100 * bytes / step / (all / read), all / read * 1e-9);
+    printf("rows %-3d %9.0f tokens/s | weights read at %6.1f GB/s, %3.0f %% of the %.1f GB/s of "
+           "reading alone\n", rows, rows / step, bytes / step * 1e-9, 100 * read / step,
+           bytes / read * 1e-9);
     fflush(stdout);
   }
 }
 
-// ---- 6. Options and main ----------------------------------------------------------------------
+// ---- 7. Options and main ----------------------------------------------------------------------
 
 #ifndef TESTS
 static Option generate_options[] = {
-  {"prompt", TEXT, &gen.prompt, NULL, 0, 0, 0,
-   "what the text begins with; a line break, not printed, if not given", 0},
-  {"tokens", INTEGER, &gen.tokens, "256", 0, 1e7, 0, "bytes to write", 0},
-  {"temperature", NUMBER, &gen.temperature, "0.8", 0, 100, 0,
-   "below 1: likely bytes become likelier; 0: greedy", 0},
-  {"top_k", INTEGER, &gen.top_k, "0", 0, 256, 0, "draw among the k likeliest; 0: all", 0},
-  {"top_p", NUMBER, &gen.top_p, "1", 0, 1, 0,
-   "draw among the fewest that add up to this probability", 0},
-  {"greedy", FLAG, &gen.greedy, NULL, 0, 0, 0, "always take the likeliest byte", 0},
-  {"beam", INTEGER, &gen.beam, NULL, 1, 256, 0, "search with this many hypotheses", 0},
-  {"length_penalty", NUMBER, &gen.length_penalty, "0", 0, 10, 0,
-   "a text's score is log p / length^this; all being equally long, it chooses nothing", 0},
-  {"samples", INTEGER, &gen.samples, "1", 1, 256, 0, "texts to write at once", 0},
-  {"seed", INTEGER, &gen.seed, "1337", 0, 2147483647, 0, "of what is drawn", 0},
-  {"compare", FLAG, &gen.compare, NULL, 0, 0, 0, "greedy and beam search (of 4) side by side", 0},
-  {"score", TEXT, &gen.score, NULL, 0, 0, 0, "print the loss of this text, and end", 0},
-  {"explain", FLAG, &gen.explain, NULL, 0, 0, 0, "show what else each byte might have been", 0},
-  {"attention", TEXT, &gen.attention, NULL, 0, 0, 0,
-   "draw what each head looks at, in the prompt, to this .svg file", 0},
-  {"bench", FLAG, &gen.bench, NULL, 0, 0, 0,
-   "time steps of the model in DIR; with no DIR, of one with 10.8 M parameters", 0},
-  {"threads", INTEGER, &gen.threads, NULL, 1, 1024, 0, "threads (as many as help if not given)", 0},
-  {NULL, FLAG, NULL, NULL, 0, 0, 0, NULL, 0}};
+  WORD(gen, prompt, NULL, 0, "the beginning of the text; default: a line break, not printed"),
+  INT(gen, tokens, "256", 0, 1e7, 0, "bytes to write"),
+  NUM(gen, temperature, "0.8", 0, 100, 0, "below 1: likely bytes become likelier; 0: greedy"),
+  INT(gen, top_k, "0", 0, 256, 0, "choose among the k likeliest; 0: all"),
+  NUM(gen, top_p, "1", 0, 1, 0, "choose among the fewest that add up to this probability"),
+  FLAG(gen, greedy, "always take the likeliest byte"),
+  INT(gen, beam, NULL, 1, 256, 0, "beam search with this many hypotheses"),
+  INT(gen, samples, "1", 1, 256, 0, "texts to write at the same time"),
+  INT(gen, seed, "1337", 0, 2147483647, 0, "of the random choices"),
+  FLAG(gen, compare, "greedy and beam search (of 4) side by side"),
+  WORD(gen, score, NULL, 0, "print the loss of this text, and end"),
+  FLAG(gen, explain, "show what else each byte might have been"),
+  WORD(gen, attention, NULL, 0, "draw what each head attends to in the prompt, into this .svg file"),
+  FLAG(gen, bench, "time steps of the model in DIR; without DIR, of one with 10.8 M parameters"),
+  INT(gen, threads, NULL, 1, 1024, 0, "default: as many as help"),
+  END_OF_OPTIONS};
 
 static const char GENERATE_USAGE[] =
   "usage: generate [DIR] [options]\n\n"
-  "Writes text with the GPT in DIR, which is run if not given: any GPT-2 folder whose tokens are\n"
-  "bytes. An option is written --name value or --name=value; shown with the value it has if not\n"
-  "given.\n";
+  "Writes text with the GPT in DIR (default: run), which can be any GPT-2 whose tokens are bytes.\n"
+  "Write an option as --name value or --name=value. Here each stands with its default.\n";
 
 static void check_choices(void) {
   if (gen.greedy && gen.beam) die("--greedy is --beam 1: leave one out");
   if (gen.samples > 1 && (gen.greedy || gen.beam || gen.compare))
-    die("--samples %d with --greedy, --beam or --compare: they write one text, always the same",
+    die("--samples %d with --greedy, --beam or --compare: those write one text, always the same",
         gen.samples);
   if (gen.compare && gen.greedy) die("--compare is greedy and beam search: leave out --greedy");
-  if (gen.compare && !gen.tokens) die("--compare with --tokens 0 compares nothing");
+  if (gen.compare && !gen.tokens) die("--compare with --tokens 0 has nothing to compare");
   if (gen.score && (!*gen.score || !gen.score[1]))
-    die("--score takes a text of two bytes or more: the first is only what the second follows");
+    die("--score needs a text of two bytes or more: the first is only the context of the second");
   if (gen.compare && !gen.beam) gen.beam = 4;
 }
 
-// A config.json is believed if it speaks of no more numbers than the file of weights could have.
-static void check_size(Config c, const char *folder) {
-  char path[4096];
-  struct stat info;
-  join(path, folder, "model.safetensors");
-  if (stat(path, &info)) die("%s: %s: is %s what --out of ./train names?", path, strerror(errno),
-                             folder);
-  double C = c.n_embd, numbers = c.n_layer * 12.0*C*C + ((double)c.vocab_size + c.block_size) * C;
-  if (2 * numbers > (double)info.st_size)
-    die("%s has %ld bytes, but %s/config.json speaks of %.0f numbers: damaged, or of two models?",
-        path, (long)info.st_size, folder, numbers);
-}
-
-// What the text begins with; or all of it, for --score.
+// The beginning of the text; for --score all of it.
 static void take_prompt(Config c) {
   if (gen.prompt && !*gen.prompt) gen.prompt = NULL;
-  const char *text = gen.score ? gen.score : gen.prompt ? gen.prompt : "\n";
-  prompt.byte = (const unsigned char *)text;
-  prompt.n = (long)strlen(text);
+  const char *bytes = gen.score ? gen.score : gen.prompt ? gen.prompt : "\n";
+  prompt.byte = (const unsigned char *)bytes;
+  prompt.n = (long)strlen(bytes);
   prompt.hidden = !gen.prompt;
   for (long i = 0; i < prompt.n; i++)
     if (prompt.byte[i] >= c.vocab_size)
-      die("byte %ld of %s is %d, but the model's vocabulary has %d words", i,
+      die("byte %ld of %s is %d, but the vocabulary of the model has %d entries", i,
           gen.score ? "--score" : "the prompt", prompt.byte[i], c.vocab_size);
   if (prompt.n > c.block_size && !gen.score)
-    fprintf(stderr, "generate: the prompt has %ld bytes, the model's context %d: its newest %ld "
+    fprintf(stderr, "generate: the prompt has %ld bytes, the context of the model is %d: its last %ld "
             "are used\n", prompt.n, c.block_size,
             prompt.n - window_of(prompt.n - 1, c.block_size));
 }
 
 int main(int argc, char **argv) {
+  static Writer w;
+  Config config = {6, 6, 384, 256, 256};          // --bench without a folder: 10.8 M parameters
   program = "generate";
   parse_options(generate_options, argc, argv, GENERATE_USAGE, &gen.folder, 1);
   check_choices();
-  int random = gen.bench && !gen.folder;          // no model is read: weights are random
-  Config config = {6, 6, 384, 256, 256};          // 10.8 M parameters
+  int random = gen.bench && !gen.folder;
   if (!gen.folder) gen.folder = "run";
   if (!random) {
     if (access(gen.folder, F_OK))
       die("%s: %s: train a model first (make run), or name its folder", gen.folder,
           strerror(errno));
-    config = read_config(gen.folder);
-    check_size(config, gen.folder);
+    read_config(gen.folder);
+    config = opt.config;
   }
   if (config.vocab_size > 256)
-    fprintf(stderr, "generate: of %d words, only the first 256 are written, as bytes: a model "
-            "whose tokens are something else will write nonsense\n", config.vocab_size);
+    fprintf(stderr, "generate: of %d vocabulary entries only the first 256 are written, as bytes: a "
+            "model whose tokens are not bytes will write nonsense\n", config.vocab_size);
   take_prompt(config);
   int rows = gen.bench ? BENCH_ROWS : MAX(gen.beam, gen.samples);
   int cores = (int)MAX(1, MIN(1024, sysconf(_SC_NPROCESSORS_ONLN)));
-  Writer w;
-  writer_plan(&w, config, rows, gen.bench ? 1024 : prompt.n + gen.tokens);
+  writer_layout(&w, config, rows, gen.bench ? 1024 : prompt.n + gen.tokens);
   device_start(gen.threads ? gen.threads : worthwhile_threads(&w.model, rows, cores));
+  if (random) model_allocate(&w.model), model_init(&w.model, 1);
+  else model_load(&w.model, gen.folder);
+  pack_weights(&w.model);
   writer_allocate(&w);
-  if (random) model_init(&w.model, 1);
-  else read_weights(&w.model, gen.folder);
-  pack_weights(&w);
-  if (gen.attention) write_attention(&w, prompt.byte, prompt.n, gen.attention);
+  if (gen.attention) write_attention(&w, prompt.byte, prompt.n);
   if (gen.bench) bench(&w);
-  else if (gen.score) score(&w, prompt.byte, prompt.n);
+  else if (gen.score) score_text(&w, prompt.byte, prompt.n);
   else if (gen.compare) compare(&w);
   else write_samples(&w);
-  writer_free(&w);
   return finish(0);
 }
 #endif   // TESTS
 
-// ---- Tests ------------------------------------------------------------------------------------
-// Compiled with -DTESTS, this is a program that checks the rooms above on models of random weights.
+// ---- 8. Tests ---------------------------------------------------------------------------------
+// With -DTESTS this is a program that checks the sections above on models with random weights.
 
 #ifdef TESTS
 static int passed, failed;
@@ -863,20 +769,21 @@ static void check(int ok, const char *format, ...) {
   if (ok) passed++; else failed++;
 }
 
-// A small model with strong opinions: its weights are larger than those training starts from.
-static void test_model(Writer *w, int V, int T, int C, int most, long room) {
+// A small model whose weights are larger than initial ones, so that its probabilities differ.
+static void test_model(Writer *w, int V, int T, int C, int max_rows, long n) {
   Config config = {2, 2, C, T, V};
-  writer_plan(w, config, most, room);
+  writer_layout(w, config, max_rows, n);
+  model_allocate(&w->model);
   writer_allocate(w);
   model_init(&w->model, 5);
   for (long i = 0; i < w->model.n_weights; i++)
     if (i < w->model.n_matrices) w->model.weights.data[i] *= 12;
     else w->model.weights.data[i] += (real)(0.2 * random_normal(7, i));
-  pack_weights(w);
+  pack_weights(&w->model);
 }
 
-static void random_text(unsigned char *text, long n, int V) {
-  for (long i = 0; i < n; i++) text[i] = (unsigned char)(random_bits(3, i) % V);
+static void random_text(unsigned char *bytes, long n, int V) {
+  for (long i = 0; i < n; i++) bytes[i] = (unsigned char)(random_bits(3, i) % V);
 }
 
 // Writes a given text in several rows; each step's logits must be those of forward().
@@ -907,8 +814,6 @@ static void test_cache(int T, int C, int rows, long prompt_size) {
   }
   check(worst < 1e-5, "cache: logits of %ld steps x %d rows, context %d, %d channels, differ from "
         "forward() by %.1e", BYTES - prompt_size, rows, T, C, worst);
-  writer_free(&w);
-  writer_free(&whole);
 }
 
 static void test_window(void) {   // every byte has a place, and at least half a window before it
@@ -997,7 +902,6 @@ static void test_exhaustive(void) {
   }
   check(same && worst < 1e-4, "beam: with %d hypotheses, two steps are the %d best of all %d pairs "
         "(log p to %.0e)", V, V, V*V, worst);
-  writer_free(&w);
 }
 
 // A long search, beyond the window: the scores it adds up are the losses of its texts, which a
@@ -1016,7 +920,6 @@ static void test_beam(void) {
   }
   check(worst < 1e-3, "beam: after %d steps and slides, log p of each row is minus its loss (to "
         "%.0e)", BYTES - 3, worst);
-  writer_free(&w);
   Sampler greedy = {0, 1, 0, 0};
   int same = 1;
   test_model(&w, V, 16, 24, 1, BYTES);
@@ -1025,11 +928,10 @@ static void test_beam(void) {
   memcpy(text, text_of(&w, 0), BYTES);
   start_writing(&w, text, 3, 1);
   while (w.n < BYTES) {
-    draw_step(&w, &greedy, 0);
+    sample_step(&w, &greedy, 0);
     same &= text_of(&w, 0)[w.n - 1] == text[w.n - 1];
   }
   check(same, "beam: one hypothesis is greedy");
-  writer_free(&w);
 }
 
 // The last of a tile's rows, or of a few, is to the bit the row that is written alone.
@@ -1050,8 +952,6 @@ static void test_rows(int rows) {
     same &= !memcmp(logits_of(&many, last), logits_of(&one, 0), V * sizeof(real));
   }
   check(same, "rows: the last of %d is bit for bit the one written alone", rows);
-  writer_free(&many);
-  writer_free(&one);
 }
 
 static void test_attention(void) {   // the weights that the picture shows give forward()'s output
@@ -1063,7 +963,7 @@ static void test_attention(void) {   // the weights that the picture shows give 
   test_model(&w, V, 16, C, 1, N);
   random_text(text, N, V);
   whole_window(&w.model, text, 0, N);
-  Acts *a = &w.model.act[1];
+  Activations *a = &w.model.act[1];
   for (int head = 0; head < 2; head++) {
     head_attention(&w.model, 1, head, N, att);
     for (int t = 0; t < N; t++)
@@ -1074,7 +974,6 @@ static void test_attention(void) {   // the weights that the picture shows give 
       }
   }
   check(worst < 1e-5, "attention: what is drawn gives what forward() made of it, to %.0e", worst);
-  writer_free(&w);
 }
 
 int main(void) {
