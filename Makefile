@@ -145,7 +145,7 @@ bench: train generate data/tales.txt
 	@./generate --bench
 	@if [ -f run/config.json ]; then ./generate --bench run; fi
 
-# Exercise N of .ci/exercises, in .build/exercise-N: sets it up, then judges what is there.
+# Exercise N of .ci/exercises, in .exercise/N: sets it up, then judges what is there.
 exercise:
 	@.ci/exercise "$(N)"
 

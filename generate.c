@@ -2,15 +2,15 @@
 //
 // The model gives a probability for each byte that may come next. What to do with them is a choice:
 //
-//   single-step    greedy: the likeliest byte. Or a random one, after temperature, top-k and top-p.
-//   multi-step     beam search: of all texts of n bytes it looks for the likeliest, by keeping the W
-//                  best beginnings. The likeliest text need not begin with the likeliest byte.
+//   single-step   greedy: the likeliest byte. Or a random one, after temperature, top-k and top-p.
+//   multi-step    beam search: of all texts of n bytes it looks for the likeliest, by keeping the W
+//                 best beginnings. The likeliest text need not begin with the likeliest byte.
 //
 // Both are compared by the model's own loss of the result, the sum of -log p over its bytes.
 //
-// A step reads every weight once. It need not compute the older tokens again, since they matter only
-// through their keys and values, and those are kept: the KV cache. Texts that are written at the same
-// time, the rows, share the reading. Letters as in train.c; N rows, and T the context.
+// A step reads every weight once. It need not compute the older tokens again, since they matter
+// only through their keys and values, and those are kept: the KV cache. Texts that are written at
+// the same time, the rows, share the reading. Letters as in train.c; N rows, and T the context.
 //
 // Sections: 1 a step, 2 the choice, 3 writing, 4 greedy against beam search, 5 looking inside,
 // 6 speed, 7 options and main, 8 tests.
@@ -24,9 +24,9 @@
 
 // ---- 1. A step --------------------------------------------------------------------------------
 // The window slides: when a text has filled the T positions of the model, the window moves on by
-// half. Its newer half is computed again once, since each token now has another position. This rule,
-// window_of(), holds for prompts, for writing and for the loss of a text alike, so the loss is that
-// of the very probabilities with which the text was written.
+// half. Its newer half is computed again once, since each token now has another position. This
+// rule, window_of(), holds for prompts, for writing and for the loss of a text alike, so the loss
+// is that of the very probabilities with which the text was written.
 
 typedef struct {
   Model model;
@@ -79,8 +79,8 @@ static void writer_allocate(Writer *w) {
   w->old_cell = (int *)device_alloc(tokens * sizeof(int));
 }
 
-// Takes the place of attention_forward() in a step: B rows of one token each, at position t. The keys
-// and values of older tokens come from the cache; those of the new ones are put there.
+// Takes the place of attention_forward() in a step: B rows of one token each, at position t. The
+// keys and values of older tokens come from the cache; those of the new ones are put there.
 static void attention_cached(Tensor out, Tensor lse, Tensor qkv, int B, int T, int C, int H) {
   Writer *w = stepping;
   int D = C / H, layer = 0, t = (int)(w->n - 1 - w->start);
@@ -124,8 +124,8 @@ static void whole_window(Model *m, const unsigned char *bytes, long start, int n
   launch(run_micro_batch, &batch);
 }
 
-// Copies the matrix under each weight into panels, as pack() does it in every matmul of training: here
-// it is done once. A step then reads memory from front to back, which is what it does fastest.
+// Copies the matrix under each weight into panels, as pack() does it in every matmul of training:
+// here it is done once. A step then reads memory from front to back, which is what it does fastest.
 static void pack_weight(Tensor *t, Matrix w, int C, int O) {
   t->packed = (real *)device_alloc((size_t)C * (O + COLUMNS) * sizeof(real));
   for (int o = 0; o < O; o += COLUMNS)
@@ -156,8 +156,8 @@ static void fill_cache(Writer *w, int row) {
   }
 }
 
-// Starts `rows` texts with a prompt of one byte or more. It is computed once: all rows find it in the
-// cache of the first.
+// Starts `rows` texts with a prompt of one byte or more. It is computed once: all rows find it in
+// the cache of the first.
 static void start_writing(Writer *w, const unsigned char *prompt, long n, int rows) {
   int T = w->model.config.block_size, V = w->model.config.vocab_size;
   w->n = n;
@@ -173,8 +173,8 @@ static void start_writing(Writer *w, const unsigned char *prompt, long n, int ro
   }
 }
 
-// Row i continues what was row parent[i]. Nothing is computed again, and no key or value is copied: it
-// stays in the cache row where it was computed, and only the note of where, cell, is copied.
+// Row i continues what was row parent[i]. Nothing is computed again, and no key or value is copied:
+// it stays in the cache row where it was computed, and only the note of where, cell, is copied.
 static void reorder(Writer *w, const int *parent, int rows) {
   Writer old = *w;
   int moved = 0;
@@ -236,9 +236,9 @@ static int probabilities(Choice *choice, const real *logits, int V, double tempe
   return n;
 }
 
-// Keeps the top_k likeliest (0: all), and of those the fewest whose probabilities add up to top_p of
-// theirs; scales what remains to a sum of 1. Returns how many remain. Fan et al. 2018; Holtzman et
-// al. 2020.
+// Keeps the top_k likeliest (0: all), and of those the fewest whose probabilities add up to top_p
+// of theirs; scales what remains to a sum of 1. Returns how many remain. Fan et al. 2018; Holtzman
+// et al. 2020.
 static int truncate_choices(Choice *choice, int n, int top_k, double top_p) {
   if ((!top_k || top_k >= n) && top_p >= 1) return n;
   qsort(choice, n, sizeof *choice, by_probability);
@@ -276,8 +276,8 @@ static void sample_step(Writer *w, const Sampler *s, long i) {
 }
 
 // Beam search. score[i] is log p of what row i has written so far. Each row could continue with any
-// byte; of all these candidates the W with the largest score become the rows. No byte ends a text, so
-// all are of equal length, and no score needs to be corrected for it.
+// byte; of all these candidates the W with the largest score become the rows. No byte ends a text,
+// so all are of equal length, and no score needs to be corrected for it.
 typedef struct { double score; int row, byte; } Candidate;
 
 static int best_candidates(Candidate *best, Writer *w, const double *score) {
@@ -299,7 +299,8 @@ static int best_candidates(Candidate *best, Writer *w, const double *score) {
   return kept;
 }
 
-// One step of a search with max_rows hypotheses. It begins with one row: equal rows would stay equal.
+// One step of a search with max_rows hypotheses. It begins with one row: equal rows would stay
+// equal.
 static void beam_step(Writer *w, double *score) {
   Candidate best[256];
   int parent[256];
@@ -325,8 +326,8 @@ static struct {
 // Without --prompt it is a line break, which is hidden: not printed.
 static struct { const unsigned char *byte; long n, hidden; } prompt;
 
-// The length in bytes, 1 to 4, of the UTF-8 character at p, of which n bytes are there; 0 if they are
-// only its beginning, -1 if they are not UTF-8.
+// The length in bytes, 1 to 4, of the UTF-8 character at p, of which n bytes are there; 0 if they
+// are only its beginning, -1 if they are not UTF-8.
 static int utf8_length(const unsigned char *p, long n) {
   int length = p[0] < 0x80 ? 1 : p[0] < 0xc2 ? -1 : p[0] < 0xe0 ? 2 : p[0] < 0xf0 ? 3
              : p[0] < 0xf5 ? 4 : -1;
@@ -339,8 +340,8 @@ static int utf8_length(const unsigned char *p, long n) {
 }
 
 // Prints bytes as UTF-8: U+FFFD in place of what is not, and of control characters, which could do
-// anything to a terminal. Returns how many bytes were printed: the beginning of a character at the end
-// is left for the next call, unless this is the last one.
+// anything to a terminal. Returns how many bytes were printed: the beginning of a character at the
+// end is left for the next call, unless this is the last one.
 static long print_text(const unsigned char *p, long n, int last) {
   long i = 0;
   while (i < n) {
@@ -523,8 +524,8 @@ static void compare(Writer *w) {
 }
 
 // ---- 5. Looking inside: --attention -----------------------------------------------------------
-// A picture for each layer (down) and head (across): a triangle in which row t shows how much byte t
-// of the prompt attends to each byte up to itself.
+// A picture for each layer (down) and head (across): a triangle in which row t shows how much byte
+// t of the prompt attends to each byte up to itself.
 enum { MAX_SHOWN = 64, MAP = 240, GAP = 34, MARGIN = 60, TOP = 96 };   // bytes; pixels
 
 // att[t,s] of one head, from the queries and keys that forward() left: (n,n), 0 for s > t.
@@ -590,8 +591,8 @@ static void write_attention(Writer *w, const unsigned char *bytes, long n_bytes)
   FILE *f = output_open(NULL, gen.attention);
   svg_begin(f, 2*MARGIN + H*MAP + (H - 1)*GAP, TOP + L*(MAP + 2*GAP) + GAP);
   svg_text(f, MARGIN, 30, "font-size=\"18\"", "What each byte attends to");
-  svg_text(f, MARGIN, 52, "fill=\"#666\"", "A row is a byte, its columns the bytes up to it; darker "
-           "is more attention. Spread evenly, it would go %.1f bytes back.", (n - 1) / 4.0);
+  svg_text(f, MARGIN, 52, "fill=\"#666\"", "A row is a byte, its columns the bytes up to it; "
+           "darker is more attention. Spread evenly, it would go %.1f bytes back.", (n - 1) / 4.0);
   for (int l = 0; l < L; l++)
     for (int h = 0; h < H; h++) {
       double x = MARGIN + h*(MAP + GAP), y = TOP + l*(MAP + 2*GAP);
@@ -609,8 +610,9 @@ static void write_attention(Writer *w, const unsigned char *bytes, long n_bytes)
 // ---- 6. Speed ---------------------------------------------------------------------------------
 
 // How many threads a step should use: all cores, if that is expected to save 3 parts in 10. A step
-// has some ten barriers a layer, of about 0.5 us each; one thread reads weights at about 25 GB/s, and
-// each row adds a sixteenth of that time in arithmetic. So a model of 1 MB is read fastest by one.
+// has some ten barriers a layer, of about 0.5 us each; one thread reads weights at about 25 GB/s,
+// and each row adds a sixteenth of that time in arithmetic. So a model of 1 MB is read fastest by
+// one.
 static int worthwhile_threads(const Model *m, int rows, int cores) {
   double barriers = 10.0 * m->config.n_layer + 3;
   double alone = m->count * sizeof(real) * (1 + rows / 16.0) / 25e9;
@@ -678,7 +680,7 @@ static Option generate_options[] = {
   FLAG(gen, compare, "greedy and beam search (of 4) side by side"),
   WORD(gen, score, NULL, 0, "print the loss of this text, and end"),
   FLAG(gen, explain, "show what else each byte might have been"),
-  WORD(gen, attention, NULL, 0, "draw what each head attends to in the prompt, into this .svg file"),
+  WORD(gen, attention, NULL, 0, "draw what each head attends to in the prompt: an .svg file"),
   FLAG(gen, bench, "time steps of the model in DIR; without DIR, of one with 10.8 M parameters"),
   INT(gen, threads, NULL, 1, 1024, 0, "default: as many as help"),
   END_OF_OPTIONS};
@@ -712,8 +714,8 @@ static void take_prompt(Config c) {
       die("byte %ld of %s is %d, but the vocabulary of the model has %d entries", i,
           gen.score ? "--score" : "the prompt", prompt.byte[i], c.vocab_size);
   if (prompt.n > c.block_size && !gen.score)
-    fprintf(stderr, "generate: the prompt has %ld bytes, the context of the model is %d: its last %ld "
-            "are used\n", prompt.n, c.block_size,
+    fprintf(stderr, "generate: the prompt has %ld bytes, the context of the model is %d: its last "
+            "%ld are used\n", prompt.n, c.block_size,
             prompt.n - window_of(prompt.n - 1, c.block_size));
 }
 
@@ -733,8 +735,8 @@ int main(int argc, char **argv) {
     config = opt.config;
   }
   if (config.vocab_size > 256)
-    fprintf(stderr, "generate: of %d vocabulary entries only the first 256 are written, as bytes: a "
-            "model whose tokens are not bytes will write nonsense\n", config.vocab_size);
+    fprintf(stderr, "generate: of %d vocabulary entries only the first 256 are written, as bytes: "
+            "a model whose tokens are not bytes will write nonsense\n", config.vocab_size);
   take_prompt(config);
   int rows = gen.bench ? BENCH_ROWS : MAX(gen.beam, gen.samples);
   int cores = (int)MAX(1, MIN(1024, sysconf(_SC_NPROCESSORS_ONLN)));

@@ -1,4 +1,5 @@
-// test_gradients.c proves every gradient of train.c and train_gpu.cu, and shows what an update does.
+// test_gradients.c proves every gradient of train.c and train_gpu.cu, and shows what an update
+// does.
 //
 // A derivative is a limit, so a program can measure it: move one number x by h, and see how far the
 // loss f moves. That needs no calculus, and nothing of how backward computes its answer:
@@ -94,7 +95,8 @@ static double angle(const double *x, const double *y, long n) {   // in degrees
   return acos(MAX(-1.0, MIN(1.0, cosine))) * 57.29577951308232;
 }
 
-// What is differentiated: f = sum_i upstream[i] out[i], after evaluate(argument) has computed out[].
+// What is differentiated: f = sum_i upstream[i] out[i], after evaluate(argument) has computed
+// out[].
 typedef struct {
   void (*evaluate)(void *argument, double *out);
   void *argument;
@@ -339,10 +341,10 @@ static void report_crashes(void) {
 
 // ---- 2. Layers --------------------------------------------------------------------------------
 // LAYER(name, stress, (arguments), tensors) registers a layer: the arguments that name_forward and
-// name_backward take, and its tensors, t[0] the output first, each with what happens to it. It needs
-// a plain forward pass, name_plain, which gets the tensors' data as x[0], x[1], ... in double; it may
-// compute SAVED tensors, too. Row 1 of the first input is shifted by `stress`, and row 2 has it added
-// and subtracted in turn: large means, saturated functions.
+// name_backward take, and its tensors, t[0] the output first, each with what happens to it. It
+// needs a plain forward pass, name_plain, which gets the tensors' data as x[0], x[1], ... in
+// double; it may compute SAVED tensors, too. Row 1 of the first input is shifted by `stress`, and
+// row 2 has it added and subtracted in turn: large means, saturated functions.
 
 enum Kind {
   OUTPUT,     // forward sets it; its gradient is given to backward
@@ -497,7 +499,8 @@ LAYER(attention, 0, (t[0], t[1], t[2], B, T, C, H),
       {"out", 'N', 'C', OUTPUT}, {"lse", 'N', 'H', SAVED}, {"qkv", 'N', 'Q', SETS})
 
 #ifndef GPU
-// A layer of one's own, which no GPT has: mean squared error, loss[n] = avg_o (y[n,o] - target[n,o])^2
+// A layer of one's own, which no GPT has: mean squared error, loss[n] = avg_o (y[n,o] -
+// target[n,o])^2
 static void squared_error_forward(Tensor loss, Tensor y, Tensor target, int N, int O) {
   parallel_for (n, N) {
     const real *y_n = y.data + n*O, *target_n = target.data + n*O;
@@ -718,9 +721,11 @@ static void check_layer(Layer *layer, Shape s, int every_element, double bar) {
   free(c);
 }
 
-// Sizes that no tile, vector or CUDA block divides; and sizes beyond one of each in every direction.
+// Sizes that no tile, vector or CUDA block divides; and sizes beyond one of each in every
+// direction.
 static const Shape SMALL = {3, 7, 24, 3, 29, 10}, LARGE = {3, 135, 150, 3, 301, 77};
-// Few results, each a sum of over 512 terms: over channels, over rows. A GPU cuts these into slices.
+// Few results, each a sum of over 512 terms: over channels, over rows. A GPU cuts these into
+// slices.
 static const Shape WIDE_SUM = {3, 7, 525, 3, 29, 10}, LONG_SUM = {5, 121, 24, 3, 29, 10};
 
 static int is_matmul(const Layer *layer) {
@@ -862,7 +867,7 @@ static const Config TINY = {2, 3, 12, 8, LETTERS};   // L 2, H 3, C 12, T up to 
 static const unsigned char *poem(void) {
   static unsigned char letter[2 * POEM_SIZE];
   const char *order = "abcdefghijklmnopqrstuvwxyz ,.";
-  for (int i = 0; i < 2*POEM_SIZE && !letter[1]; i++)
+  for (int i = 0; i < 2*POEM_SIZE; i++)
     letter[i] = (unsigned char)(strchr(order, POEM[i % POEM_SIZE]) - order);
   return letter;
 }
@@ -997,7 +1002,8 @@ static double *model_slopes(Model *m, Entry *e, Piece piece, long to) {
 }
 
 // d loss / d embedding: in a batch of one sequence, moving wpe[t] moves embedding[t] and nothing
-// else. The gradient is that of the whole batch: if sequences leaked into each other, it would show.
+// else. The gradient is that of the whole batch: if sequences leaked into each other, it would
+// show.
 static void check_embedding(Model *m, Comparison row) {
   int T = PIECE.T, C = TINY.n_embd, N = PIECE.B * T;
   double *got = new_doubles((long)N * C), *want = new_doubles((long)N * C);
@@ -1065,7 +1071,7 @@ static void show_float_differences(void) {
   run_piece(m, PIECE, 1.0 / N);
   get(grad, m->wte.grad, n);
   get(w, m->wte.data, n);
-  printf("\nWhy not in float: (f(x+h) - f(x-h)) / 2h for 8 numbers of wte, by the model in float\n");
+  printf("\nWhy not in float: (f(x+h) - f(x-h)) / 2h for 8 numbers of wte\n");
   for (double h = 1; h > 5e-6; h /= 10) {
     double error = 0, size = 0;
     for (long i = 63; i < 63 + 8*7; i += 7) {
@@ -1107,7 +1113,7 @@ static void check_tf32(void) {
     layers[i]->worst = 0;
     check_layer(layers[i], SMALL, 1, 8*size);
     check_layer(layers[i], LARGE, 0, 8*size);
-    expect(layers[i]->worst > size, layers[i]->name, "in tf32: the worst error is above %.1e", size);
+    expect(layers[i]->worst > size, layers[i]->name, "was in tf32: %.1e", layers[i]->worst);
   }
   device_precision("fp32");
 }
@@ -1119,9 +1125,9 @@ static void check_tf32(void) {
 
 enum { PIECES = 4, PIECE_B = 2, PIECE_T = 7, UPDATES = 3 };
 
-// Softmax does not change when all scores of a query change alike, so the gradient of a bias of K is
-// zero. Rounding leaves noise there, and optimizers that divide by the gradient's size make steps of
-// the noise: these biases are not compared.
+// Softmax does not change when all scores of a query change alike, so the gradient of a bias of K
+// is zero. Rounding leaves noise there, and optimizers that divide by the gradient's size make
+// steps of the noise: these biases are not compared.
 static void blank_key_biases(const Model *m, double *packed) {
   for (Entry *e = m->parameter; e < m->parameter + m->n_parameters; packed += entry_count(e++))
     if (strstr(e->name, "c_attn.bias"))
@@ -1130,21 +1136,45 @@ static void blank_key_biases(const Model *m, double *packed) {
 
 // Some updates by update() of train.c, from K micro-batches of B sequences or one of K*B: since the
 // windows depend on the seed and their number only, both see the same tokens.
-static double *weights_after(Trainer *t, int accumulate, int batch_size) {
-  double *w = new_doubles(t->model.count);
+static double *change_by_updates(Trainer *t, int accumulate, int batch_size) {
+  double *w = new_doubles(t->model.count), *first = random_parameters(&t->model);
   reset(t);
   t->accumulate = accumulate;
   opt.batch_size = batch_size;
   for (int u = 0; u < UPDATES; u++) update(t);
   get_parameters(w, &t->model, t->model.weights.data);
+  for (long i = 0; i < t->model.count; i++) w[i] -= first[i];
   blank_key_biases(&t->model, w);
+  free(first);
   return w;
 }
 
+// After an update its gradient is still there. It must be that of the same micro-batches, alone, at
+// the weights before the update: nothing left from earlier updates, no micro-batch twice.
+static double gradient_apart(Trainer *t, Trainer *other) {
+  Model *m = &t->model, *n = &other->model;
+  double *w = new_doubles(m->count), *got = new_doubles(m->count), *want = new_doubles(m->count);
+  double tokens = t->accumulate * opt.batch_size * opt.config.block_size;
+  get_parameters(w, m, m->weights.data);
+  put_parameters(w, n, n->weights.data);
+  launch(zero_gradients, n);
+  for (int k = 0; k < t->accumulate; k++) {
+    MicroBatch batch = {n, opt.batch_size, opt.config.block_size, (real)(1 / tokens)};
+    load_micro_batch(n, t->updates * t->accumulate + k);
+    launch(run_micro_batch, &batch);
+  }
+  update(t);
+  get_parameters(got, m, m->weights.grad);
+  get_parameters(want, n, n->weights.grad);
+  double apart = distance(got, want, m->count);
+  free(w); free(got); free(want);
+  return apart;
+}
+
 static void check_accumulation(void) {
-  printf("\nSingle-step and multi-step. a: %d micro-batches of %d x %d tokens, or one of %d x %d: how\n"
-         "far apart are weights, loss and gradient norm after %d updates?\n", PIECES, PIECE_B,
-         PIECE_T, PIECES * PIECE_B, PIECE_T, UPDATES);
+  printf("\nSingle-step and multi-step. a: %d micro-batches of %d x %d tokens, or one of %d x %d.\n"
+         "How far apart are the changes of the weights, and loss and norm, after %d updates?\n",
+         PIECES, PIECE_B, PIECE_T, PIECES * PIECE_B, PIECE_T, UPDATES);
   text.byte = (unsigned char *)poem();
   text.size = text.train_size = POEM_SIZE;
   Config config = TINY;
@@ -1157,15 +1187,19 @@ static void check_accumulation(void) {
   for (int i = 0; i < N_OPTIMIZERS; i++) {
     opt.optimizer = optimizers[i].name;
     opt.learning_rate = optimizers[i].learning_rate;
-    double *pieces = weights_after(&trainer[0], PIECES, PIECE_B);
-    double *batch = weights_after(&trainer[1], 1, PIECES * PIECE_B);
-    double apart = distance(pieces, batch, trainer[0].model.count);
+    double *pieces = change_by_updates(&trainer[0], PIECES, PIECE_B);
+    double *batch = change_by_updates(&trainer[1], 1, PIECES * PIECE_B);
+    double apart = distance(pieces, batch, trainer[0].model.count);   // of the changes
     double sums = MAX(fabs(trainer[0].loss / trainer[1].loss - 1),
                       fabs(trainer[0].grad_norm / trainer[1].grad_norm - 1));
     double bar = IS_DOUBLE ? 1e-12 : 2e-6;
     expect(apart < bar && sums < bar, opt.optimizer, "%.1e, %.1e", apart, sums);
     free(pieces); free(batch);
   }
+  opt.batch_size = PIECE_B;
+  double apart = gradient_apart(&trainer[0], &trainer[1]);
+  expect(apart < (IS_DOUBLE ? 1e-14 : 1e-6), "the gradient of the next update",
+         "%.1e from that of its micro-batches alone", apart);
 }
 
 // ---- b. Wrong recipes
@@ -1208,8 +1242,8 @@ static void apply(Trainer *t, int optimizer, double rate, int counted) {
   t->updates = updates + 1;
 }
 
-// The change of the weights over 2 updates from 4 unequal pieces each; alone: the same sequences, but
-// each is a piece by itself.
+// The change of the weights over 2 updates from 4 unequal pieces each; alone: the same sequences,
+// but each is a piece by itself.
 static double *unequal_pieces(Trainer *t, enum Recipe recipe, int optimizer, int alone) {
   static const Piece pieces[2][4] = {{{5, 7, 0}, {1, 7, 35}, {2, 3, 42}, {1, 2, 48}},
                                      {{3, 7, 50}, {1, 2, 71}, {1, 7, 73}, {4, 3, 80}}};
@@ -1239,8 +1273,8 @@ static void check_recipes(void) {
     "means added, not divided by their number", "gradients not zeroed after the first update",
     "each micro-batch clipped, not the sum", "Adam's update counted per micro-batch"};
   Trainer *t = new_trainer(TINY, 0);
-  printf("\nb: wrong recipes. 2 updates, each of 4 unequal micro-batches (5x7, 1x7, 2x3, ...): how far\n"
-         "is the change of the weights from the right one, and at what angle?\n"
+  printf("\nb: wrong recipes. 2 updates, each of 4 unequal micro-batches (5x7, 1x7, 2x3, ...):\n"
+         "how far is the change of the weights from the right one, and at what angle?\n"
          "%-46s %-8s %-10s %-8s %s\n", "", "SGD", "angle", "AdamW", "angle");
   for (int recipe = -1; recipe < N_RECIPES; recipe++) {
     const int optimizer[] = {sgd, adamw};
@@ -1282,7 +1316,8 @@ static double *steps(Trainer *t, int optimizer, double rate, int single, StepRow
     row[k].loss = mean_loss(m, PIECE_B * PIECE_T);
     get_parameters(now, m, m->weights.grad);
     row[k].norm = norm_of(now, m->count);
-    if (single || k == PIECES - 1) apply(t, optimizer, rate * (single ? 1 : PIECES), (int)t->updates);
+    if (single) apply(t, optimizer, rate, k);
+    else if (k == PIECES - 1) apply(t, optimizer, rate * PIECES, 0);
     get_parameters(now, m, m->weights.data);
     for (long i = 0; i < m->count; i++) last[i] = now[i] - last[i];
     row[k].change = norm_of(last, m->count);
@@ -1331,8 +1366,8 @@ static void show_all_steps(Trainer *t) {
 // with each g at the start. From step to step a g changes by rate times something: so the moves
 // differ by rate^2 times something, and agree in the limit.
 static void check_ladder(Trainer *t) {
-  printf("\nd: the ladder. %d steps of SGD against one of %d times the rate: when the rate falls by\n"
-         "10, so does the change, and the difference falls by 100\n"
+  printf("\nd: the ladder. %d steps of SGD against one of %d times the rate: when the rate falls\n"
+         "by 10, so does the change, and the difference falls by 100\n"
          "  rate     |change|    |difference|  order\n", PIECES, PIECES);
   double last = NAN, order = NAN, rate = 0.1;
   for (int i = 0; i < 5; i++, rate /= 10) {
@@ -1351,8 +1386,8 @@ static void check_ladder(Trainer *t) {
 
 // ---- e. Every optimizer against its formula
 
-// The same formulas as papers have them. A function for each name in the table of train.c: for a new
-// optimizer the compiler asks for its own.
+// The same formulas as papers have them. A function for each name in the table of train.c: for a
+// new optimizer the compiler asks for its own.
 typedef struct { double w, m, v, rate, b1, b2; int step; } Plain;
 static void plain_sgd(Plain *p, double g) { p->w -= p->rate * g; }
 static void plain_momentum(Plain *p, double g) { p->m = p->b1 * p->m + g; p->w -= p->rate * p->m; }
@@ -1391,7 +1426,8 @@ static void one_step(void *argument) {
 // error of a weight, relative to the largest change.
 static double apart_from_formula(int optimizer) {
   const long begin = 16, n = CHUNK + 177;
-  const double rate = 3 * optimizers[optimizer].learning_rate, decay = 0.1, b1 = 0.8, b2 = 0.95, norm = 7, clip = 2;
+  const double decay = 0.1, b1 = 0.8, b2 = 0.95, norm = 7, clip = 2;
+  const double rate = 3 * optimizers[optimizer].learning_rate;
   double *w = new_doubles(n), *g = new_doubles(n), *got = new_doubles(n), apart = 0, change = 0;
   Plain *p = (Plain *)host_alloc(NULL, n * sizeof(Plain));
   for (long i = 0; i < n; i++) {
@@ -1456,8 +1492,9 @@ static void check_optimizers(Trainer *t) {
   expect(vectors_do_not_decay(t), "weight decay", "of matrices only");
 }
 
-// ---- Threads. A sum in another order is rounded differently, and a number that two threads write has
-// either value: if the bits are the same on any number of threads, then each number has one owner.
+// ---- Threads
+// A sum in another order is rounded differently, and a number that two threads write has either
+// value: if the bits are the same on any number of threads, then each number has one owner.
 
 static uint64_t hash_of_updates(void) {
   const Config config = {1, 3, 60, 72, LETTERS};
@@ -1501,8 +1538,8 @@ static void check_threads(const char *program_path) {
 }
 
 // ---- 5. A model small enough to solve by hand -------------------------------------------------
-// price = weight area + bias, with mean squared error. The loss is quadratic: its gradient is linear
-// in the parameters, its matrix H of second derivatives is constant, and one Newton step,
+// price = weight area + bias, with mean squared error. The loss is quadratic: its gradient is
+// linear in the parameters, its matrix H of second derivatives is constant, and one Newton step,
 //   (weight, bias) -= H^-1 gradient,
 // goes from anywhere to the minimum. H is measured with gradients: moving a parameter by 1 changes
 // the gradient by a column of H, exactly.
@@ -1558,8 +1595,8 @@ static Solution newton_step(void) {
   return s;
 }
 
-// For the Transformer: how much more its gradient changes when its weights move twice as far along a
-// line. In a quadratic that is 2, at any distance.
+// For the Transformer: how much more its gradient changes when its weights move twice as far along
+// a line. In a quadratic that is 2, at any distance.
 static double twice_as_far(Trainer *t, double distance_moved) {
   Model *m = &t->model;
   double *g[3], sum[2] = {0, 0}, *w = random_parameters(m);
@@ -1588,8 +1625,8 @@ static void check_regression(Trainer *t) {
   double weight = (n * sxy - sx * sy) / (n * sxx - sx * sx);   // the normal equations
   Solution book = {{weight, (sy - weight * sx) / n}, 0, 0};
   book.loss = houses_gradient(book.p, 0, HOUSES, HOUSES, unused);
-  printf("\nA model small enough to solve by hand: price = weight area + bias, %d houses, until the\n"
-         "loss is within 1e-6 of the least\n  %-44s %8s %8s  %-10s %8s %7s\n", HOUSES, "",
+  printf("\nA model small enough to solve by hand: price = weight area + bias, %d houses, until\n"
+         "the loss is within 1e-6 of the least\n  %-44s %8s %8s  %-10s %8s %7s\n", HOUSES, "",
          "weight", "bias", "loss", "updates", "passes");
   Solution all[] = {descend(1, 0.008, book.loss), descend(4, 0.01, book.loss),
                     descend(HOUSES, 0.3, book.loss), newton_step()};
@@ -1607,8 +1644,8 @@ static void check_regression(Trainer *t) {
   double near = twice_as_far(t, 1e-4), far = twice_as_far(t, 1);
   printf("No such step exists for the Transformer: with softmax, GELU and products of weights its\n"
          "loss is not quadratic, and what Newton's step relies on holds only nearby. When the\n"
-         "weights of a quadratic move twice as far, its gradient changes by twice as much, however\n"
-         "far that is; the Transformer's, for 1e-4 and 2e-4, by %.4f times; for 1 and 2 by %.4f.\n",
+         "weights of a quadratic move twice as far, its gradient changes by twice as much, at any\n"
+         "distance; the Transformer's, for 1e-4 and 2e-4, by %.4f times; for 1 and 2 by %.4f.\n",
          near, far);
   expect(fabs(near - 2) < 0.01 && fabs(far - 2) > 0.05, "the Transformer's loss is not quadratic",
          "%.4f is not 2", far);
@@ -1617,10 +1654,10 @@ static void check_regression(Trainer *t) {
 // ---- 6. Somebody else's numbers ---------------------------------------------------------------
 // --save writes one training step of the tiny model: tokens and targets (B,T) as numbers; every
 // parameter under its name in Hugging Face's GPT-2; every activation (N,..) under the name that
-// layout() gives it, `loss` being that of each token; grad.NAME of the mean loss for all of them; and
-// updated.NAME, each parameter after SGD with rate 0.1. Any program can start from the same tokens
-// and parameters and write what it found under these names; --against compares what is in such a
-// file, and does not mind what is not.
+// layout() gives it, `loss` being that of each token; grad.NAME of the mean loss for all of them;
+// and updated.NAME, each parameter after SGD with rate 0.1. Any program can start from the same
+// tokens and parameters and write what it found under these names; --against compares what is in
+// such a file, and does not mind what is not.
 
 enum { MAX_SAVED = 400 };
 static NamedTensor saved[MAX_SAVED];
@@ -1716,6 +1753,7 @@ static void check_names(const char **names, int n) {
 }
 
 static void check_everything(const char *program_path) {
+  (void)program_path;
   check_sums();
 #ifndef GPU
   check_plain_versions();
@@ -1749,8 +1787,8 @@ static void check_everything(const char *program_path) {
 
 int main(int argc, char **argv) {
   const char *names[32];
-  char usage[1000] = "usage: test_gradients [LAYER...] [options]\n\nChecks every gradient, or those of "
-                     "these layers:\n ";
+  char usage[1000] = "usage: test_gradients [LAYER...] [options]\n\n"
+                     "Checks every gradient, or those of these layers:\n ";
   double started = seconds();
   program = "test_gradients";
   for (int i = 0; i < n_layers; i++) strcat(strcat(usage, " "), layers[i]->name);
@@ -1796,12 +1834,12 @@ static const char *running_kernel(void) { return NULL; }
 // What a GPU does, in 350 lines, so that any machine can check and debug kernels. A launch names a
 // grid of blocks and the threads of a block; all run the same function and differ in threadIdx and
 // blockIdx only. Blocks know nothing of each other. The threads of a block share what is declared
-// __shared__, and wait for each other at __syncthreads(). 32 consecutive threads are a warp: they can
-// exchange numbers (shuffle, ballot).
+// __shared__, and wait for each other at __syncthreads(). 32 consecutive threads are a warp: they
+// can exchange numbers (shuffle, ballot).
 //
-// Here a thread is a fiber: a stack, and a place where it continues. One CPU thread runs them all, one
-// after the other, and switches where a fiber waits. What goes wrong on a GPU once in a while is made
-// to go wrong here every time:
+// Here a thread is a fiber: a stack, and a place where it continues. One CPU thread runs them all,
+// one after the other, and switches where a fiber waits. What goes wrong on a GPU once in a while
+// is made to go wrong here every time:
 //   - blocks, and between barriers the threads of a block, run in a random order: GPU_SEED=n;
 //   - device memory and shared memory are NaN until something is written there;
 //   - a barrier that not all threads reach, or a host pointer in a kernel, ends the program;
@@ -1895,7 +1933,7 @@ __asm(".text\n.p2align 4\ngpu_change_fiber:\n sub sp, sp, 160\n" PAIRS("stp")
 #endif
 
 // ---- A block of threads
-enum { MAX_THREADS = 1024, STACK = (128 << 10) + 832 };   // 832: the tops are in different cache sets
+enum { MAX_THREADS = 1024, STACK = (128 << 10) + 832 };   // 832: not all in the same cache sets
 struct Barrier { int arrived, phase; char order[2]; };
 struct Thread {
   uint3 index;
@@ -1945,8 +1983,8 @@ UNSEEN void thread_main(void) {
 }
 
 // Waits until n threads are here. If the barrier orders memory, what threads wrote before it is
-// visible to all after it: the thread sanitizer is told so, by two clocks in turn, since a thread may
-// leave late, when others are at the next barrier already.
+// visible to all after it: the thread sanitizer is told so, by two clocks in turn, since a thread
+// may leave late, when others are at the next barrier already.
 UNSEEN void wait_at(Barrier *b, int n, bool memory, const char *what, int line) {
   Thread *t = self;
   char *order = &b->order[b->phase & 1];

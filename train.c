@@ -63,15 +63,18 @@ DEVICE static inline real sqrt_(real x) {   // sqrtf for float: sqrt would compu
 }
 
 // A value and the gradient of the loss with respect to it: two arrays of one shape, row-major. The
-// forward pass fills data, the backward pass grad. On a GPU both are in device memory. packed is for
-// generate.c: a copy of a weight in the order in which matmul reads it, or NULL.
+// forward pass fills data, the backward pass grad. On a GPU both are in device memory. packed is
+// for generate.c: a copy of a weight in the order in which matmul reads it, or NULL.
 typedef struct { real *data, *grad, *packed; } Tensor;
 typedef struct { Tensor weight, bias; } WeightBias;   // of a linear layer, or of a layernorm
 
 // A matrix inside an array: element (i,j) is at[i*row + j*column]. Transposing exchanges the two
 // strides and moves nothing.
 typedef struct { real *at; long row, column; real *packed; } Matrix;
-DEVICE static inline Matrix rows_of(real *at, long width) { Matrix m = {at, width, 1, NULL}; return m; }
+DEVICE static inline Matrix rows_of(real *at, long width) {
+  Matrix m = {at, width, 1, NULL};
+  return m;
+}
 DEVICE static inline Matrix transpose(Matrix m) {
   Matrix t = {m.at, m.column, m.row, NULL};
   return t;
@@ -88,8 +91,8 @@ DEVICE static inline Matrix transpose(Matrix m) {
 //   x             =  by residual_backward, then += by layernorm_backward, which runs later: x, the
 //                    residual stream, is read by a layernorm and by a residual connection
 //
-// Shapes: out, x, f (N,C); wte (V,C); wpe (T,C); mean_rstd (N,2); y (N,O); weight (C,O); qkv (N,3C);
-// lse (B,H,T); logits (N,V); loss, correct, row_lse (N). Tokens and targets are 0..V-1.
+// Shapes: out, x, f (N,C); wte (V,C); wpe (T,C); mean_rstd (N,2); y (N,O); weight (C,O); qkv
+// (N,3C); lse (B,H,T); logits (N,V); loss, correct, row_lse (N). Tokens and targets are 0..V-1.
 #define LAYER_INTERFACE(name, ...)                                                                 \
   static void name##_forward(__VA_ARGS__);                                                         \
   static void name##_backward(__VA_ARGS__)
@@ -171,7 +174,7 @@ enum { LANES = 16 };
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 __attribute__((noreturn, format(printf, 1, 2)))
 static void die(const char *format, ...);          // prints one line on stderr, exits with code 1
-static void *host_alloc(void *p, size_t bytes);    // realloc that exits on failure; NULL allocates
+static void *host_alloc(void *p, size_t bytes);    // realloc that exits on failure; NULL: zeroed
 static double seconds(void);                       // a clock that never goes back
 static uint64_t random_bits(uint64_t seed, uint64_t index);     // number `index` of a sequence of
 static double random_uniform(uint64_t seed, uint64_t index);    // random numbers; uniform is in
@@ -342,25 +345,24 @@ static void place_parameters(Model *m) {
   }
 }
 
-// A shared buffer is allocated at its first use; all tensors that share it have the same size.
-static long place_in(Model *m, enum Memory where, long size, long *shared) {
-  if (m->unshared) where = OWN;
-  long at = where == OWN || shared[where] < 0 ? m->n_memory : shared[where];
-  if (at == m->n_memory) m->n_memory += padded(size);
-  shared[where] = at;
-  return at;
-}
-
+// A shared buffer is placed at its first use; all tensors that share it have the same size.
 static void place_activations(Model *m) {
   long shared[N_MEMORIES];
   for (int i = 0; i < N_MEMORIES; i++) shared[i] = -1;
-  for (int i = 0; i < m->n_activations; i++) {
-    Entry *e = &m->activation[i];
-    e->data_at = place_in(m, e->data, entry_count(e), shared);
-    e->grad_at = -1;
-    if (e->grad == NONE || !m->training) continue;
-    int in_place = e->grad == IN_PLACE && !m->unshared;
-    e->grad_at = in_place ? e->data_at : place_in(m, e->grad, entry_count(e), shared);
+  for (int i = 0; i < 2 * m->n_activations; i++) {
+    Entry *e = &m->activation[i / 2];
+    int grad = i % 2;
+    enum Memory where = grad ? e->grad : e->data;
+    long *at = grad ? &e->grad_at : &e->data_at;
+    *at = -1;
+    if (where == NONE || (grad && !m->training)) continue;
+    if (m->unshared) where = OWN;
+    if (where == IN_PLACE) { *at = e->data_at; continue; }
+    if (where == OWN || shared[where] < 0) {
+      shared[where] = m->n_memory;
+      m->n_memory += padded(entry_count(e));
+    }
+    *at = shared[where];
   }
 }
 
@@ -379,8 +381,6 @@ static void model_layout(Model *m, Config config, int max_tokens, int training, 
   m->attention = attention_forward;
   m->block = (Block *)host_alloc(NULL, config.n_layer * sizeof(Block));
   m->act = (Activations *)host_alloc(NULL, config.n_layer * sizeof(Activations));
-  memset(m->block, 0, config.n_layer * sizeof(Block));
-  memset(m->act, 0, config.n_layer * sizeof(Activations));
   layout(m);
   place_parameters(m);
   place_activations(m);
@@ -828,8 +828,9 @@ static void lm_head_backward(Tensor logits, Tensor x, Tensor wte, int N, int C, 
 }
 
 #ifndef GPU
-// layernorm: out[n,c] = xhat[n,c] w[c] + b[c], xhat[n,c] = (x[n,c] - mean[n]) rstd[n], with the mean
-// and the variance of row n and rstd = 1 / sqrt(variance + 1e-5). backward reads mean and rstd.
+// layernorm: out[n,c] = xhat[n,c] w[c] + b[c], xhat[n,c] = (x[n,c] - mean[n]) rstd[n], with the
+// mean and the variance of row n and rstd = 1 / sqrt(variance + 1e-5). backward reads mean and
+// rstd.
 static void layernorm_forward(Tensor out, Tensor mean_rstd, Tensor x, WeightBias p, int N, int C) {
   const real *w = p.weight.data, *b = p.bias.data;
   parallel_for (n, N) {
@@ -902,7 +903,7 @@ static void crossentropy_backward(Tensor loss, Tensor correct, Tensor row_lse, T
 
 // attention, in each sequence b and head h:
 //   z[t,s] = q[t].k[s] / sqrt(D);  att[t,s] = softmax of z[t,:] over s <= t;
-//   out[t] = sum_s att[t,s] v[s];  lse[t] = log sum_s exp(z[t,s]), so att[t,s] = exp(z[t,s] - lse[t])
+//   out[t] = sum_s att[t,s] v[s];  lse[t] = log sum_s exp(z[t,s]); att[t,s] = exp(z[t,s] - lse[t])
 // backward:
 //   datt[t,s] = dout[t].v[s];      dz[t,s] = att[t,s] (datt[t,s] - dout[t].out[t])
 //   dv[s] = sum_t att[t,s] dout[t];  dq[t] = sum_s dz[t,s] k[s] / sqrt(D);
@@ -913,7 +914,7 @@ static void crossentropy_backward(Tensor loss, Tensor correct, Tensor row_lse, T
 //   0          D                C                           2C                          3C
 //
 // Only lse is kept for backward, not att: T numbers a head, not T*T.
-typedef struct { real *q, *k, *v, *out, *lse; } Head;   // row t of q, k, v is 3C*t further, of out C*t
+typedef struct { real *q, *k, *v, *out, *lse; } Head;   // the next row: 3C further, in out C
 
 static Head head_of(real *qkv, real *out, real *lse, long bh, int T, int C, int H) {
   long b = bh / H, h = bh % H, D = C / H;
@@ -1063,7 +1064,8 @@ static void attention_backward(Tensor out, Tensor lse, Tensor qkv, int B, int T,
 
 // ---- 6. Matmul, sums and exp ------------------------------------------------------------------
 // The matmul takes three quarters of the time of a training step, so it is written for speed; with
-// attention it is the only such place. First the six lines that it replaces, which compute the same:
+// attention it is the only such place. First the six lines that it replaces, which compute the
+// same:
 
 static void matmul_plain(Matrix c, Matrix a, Matrix b, int M, int N, int K, int mode,
                          const real *bias) {
@@ -1295,8 +1297,8 @@ static void squared_norm(double *result, double *partial, const real *x, long n)
 
 // exp(x) in float, to 1 unit in the last place, in a form that the compiler can vectorise (libm's
 // is a call). Write x = n ln 2 + r with |r| <= ln 2 / 2; then exp(x) = 2^n exp(r), and exp(r) is a
-// polynomial (Cephes). For x = 3: n = 4, r = 0.2274, exp(r) = 1.2553, times 2^4 = 20.085. The bits of
-// a float are sign, exponent + 127, fraction: so n + 127, shifted to the exponent, is 2^n. x is
+// polynomial (Cephes). For x = 3: n = 4, r = 0.2274, exp(r) = 1.2553, times 2^4 = 20.085. The bits
+// of a float are sign, exponent + 127, fraction: so n + 127, shifted to the exponent, is 2^n. x is
 // clamped to -87 .. 88, where 2^n exists; the clamps compare integers, since GCC does not vectorise
 // those of floats here. A NaN becomes a number: losses are checked for NaN elsewhere.
 static inline real exp_(real x) {
@@ -1422,7 +1424,7 @@ static void die(const char *format, ...) {
 }
 
 static void *host_alloc(void *p, size_t bytes) {
-  p = realloc(p, MAX(bytes, 1));
+  p = p ? realloc(p, MAX(bytes, 1)) : calloc(MAX(bytes, 1), 1);
   if (!p) die("no memory for %.1f MB: use a smaller model or text", bytes / 1e6);
   return p;
 }
@@ -1567,8 +1569,8 @@ static Score evaluate(Model *m, long begin, long end) {
 // state.safetensors, which has all that --resume needs. That file is written first: its rename is
 // the moment of a save, and the others are derived from it.
 
-// An option is a row of the table in section 11; name is NULL after the last one. Sizes of the model
-// have a json name: their key in config.json.
+// An option is a row of the table in section 11; name is NULL after the last one. Sizes of the
+// model have a json name: their key in config.json.
 enum { SWITCH, INTEGER, NUMBER, TEXT };          // kinds: of int, int, double, const char *
 enum { PER_RUN, IN_STATE, FIXED };               // FIXED: saved, and --resume cannot change it
 typedef struct {
@@ -1686,12 +1688,14 @@ static void write_safetensors(const char *folder, const char *file_name, const N
   output_close();
 }
 
-// A reader of JSON by search. Inside a JSON string a quote is escaped, so the text "key": stands only
-// where a member has this key. What follows it is checked where it is used, and never read beyond
-// the end of the Span.
+// A reader of JSON by search. Inside a JSON string a quote is escaped, so the text "key": stands
+// only where a member has this key. What follows it is checked where it is used, and never read
+// beyond the end of the Span.
 typedef struct { const char *at, *end; } Span;
 
-static void skip_space(Span *s) { while (s->at < s->end && isspace((unsigned char)*s->at)) s->at++; }
+static void skip_space(Span *s) {
+  while (s->at < s->end && isspace((unsigned char)*s->at)) s->at++;
+}
 
 static int starts_with(Span s, const char *text) {
   size_t n = strlen(text);
@@ -1843,7 +1847,8 @@ static double stored_number(const Safetensors *st, const StoredTensor *t, long i
 
 // Reads a parameter to the device; with device NULL only checks that it is there in its shape. Of
 // a longer wpe the first positions are taken.
-static void read_parameter(const Safetensors *st, const char *prefix, const Entry *e, real *device) {
+static void read_parameter(const Safetensors *st, const char *prefix, const Entry *e,
+                           real *device) {
   StoredTensor t;
   if (!find_tensor(st, prefix, e->name, &t))
     die("%s has no tensor %s%s: is it a GPT-2?", st->path, prefix, e->name);
@@ -1987,7 +1992,8 @@ static int config_fits(void) {
   char *all = read_file(path, &size);
   Span json = {all, all + size};
   for_sizes (o)
-    fits &= json_integers(json_find(json, "", o->json), &stored, 1) == 1 && stored == *(int *)o->value;
+    if (json_integers(json_find(json, "", o->json), &stored, 1) != 1 || stored != *(int *)o->value)
+      fits = 0;
   free(all);
   return (int)fits;
 }
@@ -2161,7 +2167,8 @@ static void svg_curve(FILE *f, int which, int val, long every, const char *style
   fprintf(f, "\"/>\n");
 }
 
-// loss.svg: training (thin) and validation loss of each trainer over the tokens seen, and the floor.
+// loss.svg: training (thin) and validation loss of each trainer over the tokens seen, and the
+// floor.
 static void write_plot(void) {
   static const char *const color[] = {"#1f77b4", "#d1495b"};
   enum { LEFT = 64, RIGHT = 700, TOP = 44, BOTTOM = 444, LINES = 5 };   // pixels; grid lines
@@ -2202,8 +2209,8 @@ static void write_plot(void) {
   if (isfinite(text.floor))
     svg_text(f, RIGHT + 8, BOTTOM - sy * (text.floor - y0) + 4, "", "floor %.3f", text.floor);
   for (int i = 0; i < n_trainers; i++)
-    fprintf(f, "<text x=\"%d\" y=\"%d\" fill=\"%s\" font-weight=\"bold\">%s validation %.3f</text>\n",
-            RIGHT + 8, TOP + 14 + 20*i, color[i], trainer[i].name, trainer[i].val.loss);
+    fprintf(f, "<text x=\"%d\" y=\"%d\" fill=\"%s\" font-weight=\"bold\">%s: validation %.3f</text>"
+            "\n", RIGHT + 8, TOP + 14 + 20*i, color[i], trainer[i].name, trainer[i].val.loss);
   fprintf(f, "</svg>\n");
   output_close();
 }
@@ -2288,8 +2295,8 @@ static void print_compare_row(void) {
   printf("\n");
 }
 
-// The validation loss of a trainer when a column of the log had this value; between two evaluations,
-// in proportion.
+// The validation loss of a trainer when a column of the log had this value; between two
+// evaluations, in proportion.
 static double val_at(int which, int column, double at) {
   const double *before = NULL;
   for (LogRow *r = log_row; r < log_row + log_rows; r++) {
@@ -2458,7 +2465,7 @@ Option train_options[] = {
   SIZE(vocab_size, "vocab_size", "256", 1, 1e7,
        "vocabulary entries; more than 256 only to time a larger head"),
   NUM(opt, learning_rate, NULL, 0, 1e6, IN_STATE, "the highest; default: the optimizer's, above"),
-  NUM(opt, min_lr, NULL, 0, 1e6, IN_STATE, "at the end of the cosine; default: a tenth of the highest"),
+  NUM(opt, min_lr, NULL, 0, 1e6, IN_STATE, "at the end of the cosine; default: a tenth of that"),
   INT(opt, warmup, "100", 0, 1e9, IN_STATE, "updates of linear warmup"),
   NUM(opt, weight_decay, "0.1", 0, 1e3, IN_STATE, "for matrices only"),
   NUM(opt, beta1, "0.9", 0, 0.999999, IN_STATE, "decay of m: momentum, adam, adamw"),

@@ -1,6 +1,6 @@
-// train_gpu.cu is train.c for NVIDIA GPUs: the functions of its layer interface as CUDA kernels. The
-// only library is the CUDA runtime. The rest, from the model to main(), is train.c itself, which is
-// included below.
+// train_gpu.cu is train.c for NVIDIA GPUs: the functions of its layer interface as CUDA kernels.
+// The only library is the CUDA runtime. The rest, from the model to main(), is train.c itself,
+// which is included below.
 //
 // Read it beside train.c. The sections have the same numbers, and a function has the same name,
 // arguments and equations; its kernels stand directly above it. A loop there is a launch here:
@@ -235,14 +235,14 @@ static void embedding_forward(Tensor out, const int *token, Tensor wte, Tensor w
       out.data, token, wte.data, wpe.data, B*T, T, C));
 }
 
-// dwte[v,c] += the sum of dout[n,c] over all n with token[n] == v. Two rows may have the same token,
-// so they cannot all add at once. There is a CUDA block for each row n, but only the first row with
-// a token adds, for all rows with this token and in their order; the other blocks return. For the
-// tokens 7 3 7 7 (blocks of 4 threads in place of 256):
+// dwte[v,c] += the sum of dout[n,c] over all n with token[n] == v. Two rows may have the same
+// token, so they cannot all add at once. There is a CUDA block for each row n, but only the first
+// row with a token adds, for all rows with this token and in their order; the other blocks return.
+// For the tokens 7 3 7 7 (blocks of 4 threads in place of 256):
 //
-//   block 0 looks for 7: same = 1 0 1 1   list = 0 2 3   list[0] is 0: adds rows 0, 2 and 3 to wte[7]
-//   block 1 looks for 3: same = 0 1 0 0   list = 1       list[0] is 1: adds row 1 to wte[3]
-//   block 2 looks for 7: same = 1 0 1 1   list = 0 2 3   list[0] is 0, not 2: block 0 does it
+//   block 0 looks for 7:  same = 1 0 1 1  list = 0 2 3  list[0] is 0: adds rows 0, 2, 3 to wte[7]
+//   block 1 looks for 3:  same = 0 1 0 0  list = 1      list[0] is 1: adds row 1 to wte[3]
+//   block 2 looks for 7:  same = 1 0 1 1  list = 0 2 3  list[0] is 0, not 2: block 0 does it
 //
 // Each thread compares one row. __ballot_sync packs the answers of a warp into 32 bits, and __popc
 // counts bits: those before a thread's own are its place in the list.
@@ -293,8 +293,9 @@ static void embedding_backward(Tensor out, const int *token, Tensor wte, Tensor 
 
 // linear and lm_head are products of matrices and stand in train.c.
 
-// layernorm: out[n,c] = xhat[n,c] w[c] + b[c], xhat[n,c] = (x[n,c] - mean[n]) rstd[n], with the mean
-// and the variance of row n and rstd = 1 / sqrt(variance + 1e-5). backward reads mean and rstd.
+// layernorm: out[n,c] = xhat[n,c] w[c] + b[c], xhat[n,c] = (x[n,c] - mean[n]) rstd[n], with the
+// mean and the variance of row n and rstd = 1 / sqrt(variance + 1e-5). backward reads mean and
+// rstd.
 static __global__ void layernorm_forward_kernel(real *out, real *mean_rstd, const real *x,
                                                 const real *w, const real *b, int N, int C) {
   long n = ROW_OF_WARP;
@@ -332,10 +333,10 @@ static __global__ void layernorm_backward_x(real *dx, const real *dout, const re
     dx[n*C + c] += rstd * (dout[n*C + c] * w[c] - avg_g - (x[n*C + c] - mean) * rstd * avg_g_xhat);
 }
 
-// Sums over the rows of a matrix, for each column. A CUDA block takes 32 columns, one for each lane,
-// so that a warp reads 32 consecutive numbers. The rows are dealt out in turn: to the warps of a
-// block, and to the `slices` blocks that share the columns. store_column() adds the sums of a block's
-// warps; the sums of the slices go to scratch, and add_slices() adds them.
+// Sums over the rows of a matrix, for each column. A CUDA block takes 32 columns, one for each
+// lane, so that a warp reads 32 consecutive numbers. The rows are dealt out in turn: to the warps
+// of a block, and to the `slices` blocks that share the columns. store_column() adds the sums of a
+// block's warps; the sums of the slices go to scratch, and add_slices() adds them.
 enum { COLUMN_SLICES = 32 };
 static int slices_of(int N) { return MIN(COLUMN_SLICES, blocks(N, 4*WARPS)); }
 
@@ -426,16 +427,16 @@ static void crossentropy_backward(Tensor loss, Tensor correct, Tensor row_lse, T
 
 // attention, in each sequence b and head h:
 //   z[t,s] = q[t].k[s] / sqrt(D);  att[t,s] = softmax of z[t,:] over s <= t;
-//   out[t] = sum_s att[t,s] v[s];  lse[t] = log sum_s exp(z[t,s]), so att[t,s] = exp(z[t,s] - lse[t])
+//   out[t] = sum_s att[t,s] v[s];  lse[t] = log sum_s exp(z[t,s]); att[t,s] = exp(z[t,s] - lse[t])
 // backward:
 //   datt[t,s] = dout[t].v[s];      dz[t,s] = att[t,s] (datt[t,s] - dout[t].out[t])
 //   dv[s] = sum_t att[t,s] dout[t];  dq[t] = sum_s dz[t,s] k[s] / sqrt(D);
 //   dk[s] = sum_t dz[t,s] q[t] / sqrt(D)
 //
-// This is the tiled form of train.c. A CUDA block takes SIDE queries (or SIDE keys) of one head, and
-// SIDE of its channels: all of a head of 64. A wider head has several blocks, each of which computes
-// att again. Everything is built from one operation, the product of two tiles in shared memory,
-// x[k][row] and y[k][column]. Each thread has 8 x 4 numbers of the result in registers:
+// This is the tiled form of train.c. A CUDA block takes SIDE queries (or SIDE keys) of one head,
+// and SIDE of its channels: all of a head of 64. A wider head has several blocks, each of which
+// computes att again. Everything is built from one operation, the product of two tiles in shared
+// memory, x[k][row] and y[k][column]. Each thread has 8 x 4 numbers of the result in registers:
 //
 //   columns  0..3  4..7  ...  60..63       thread TX = 1, TY = 2 has rows 8..11 and 40..43 of
 //   rows                                   columns 4..7. The SIDE/4 threads of a row are neighbours
@@ -597,9 +598,9 @@ static __global__ void attention_backward_dot(real *dout_dot_out, const real *ou
   if (threadIdx.x % 32 == 0) dout_dot_out[i] = sum;
 }
 
-// dq: a CUDA block owns SIDE queries and goes through the keys that they see. In C one loop adds dq,
-// dk and dv, since one thread owns the whole head; here dk and dv have a kernel of their own, in
-// which a block owns keys.
+// dq: a CUDA block owns SIDE queries and goes through the keys that they see. In C one loop adds
+// dq, dk and dv, since one thread owns the whole head; here dk and dv have a kernel of their own,
+// in which a block owns keys.
 static __global__ void __launch_bounds__(SIDE_THREADS, 2)
 attention_backward_q(real *dqkv, const real *qkv, const real *dout, const real *lse,
                      const real *dout_dot_out, int T, int C, int H) {
@@ -693,24 +694,24 @@ static __global__ void matmul_plain(Product p) {
 }
 
 // It loads two numbers from device memory for each multiply-add. The ladder from there:
-//   1. A CUDA block computes a tile of C, 128 x 128. It goes along K in steps of a few k: together its
-//      threads copy that much of A's rows and of B's columns to shared memory. So a number from
+//   1. A CUDA block computes a tile of C, 128 x 128. It goes along K in steps of a few k: together
+//      its threads copy that much of A's rows and of B's columns to shared memory. So a number from
 //      device memory is used in 128 multiply-adds.
 //   2. A warp computes 32 x 64 of the tile, and a thread 8 x 8 of that, in registers: from shared
 //      memory it loads 8 + 8 numbers, in four loads of 16 bytes, for 64 multiply-adds.
 //   3. Double buffering: while a step is multiplied, the numbers of the next are on their way from
 //      device memory to registers. They then go to a second pair of buffers, so that one barrier a
 //      step is enough.
-//   4. Split-K: a small C has too few tiles for all multiprocessors. Then tiles are 64 x 64, or K is
-//      cut into slices, whose sums go to scratch and are added in order.
+//   4. Split-K: a small C has too few tiles for all multiprocessors. Then tiles are 64 x 64, or K
+//      is cut into slices, whose sums go to scratch and are added in order.
 // On tensor cores (tf32) step 2 differs: a warp multiplies 16 x 8 x 8 in one instruction.
 //
 // The lanes of a warp stand in 4 rows of 8; lane 9, for example, has these rows and columns of the
 // warp's 32 x 64:
 //   rows     4..7 and 20..23     lane / 8 * 4 + 0..3, and 16 more
 //   columns  4..7 and 36..39     lane % 8 * 4 + 0..3, and 32 more
-// So the 32 lanes load 4 or 8 different Float4, each in other banks, and lanes with the same address
-// are served at once.
+// So the 32 lanes load 4 or 8 different Float4, each in other banks, and lanes with the same
+// address are served at once.
 enum {
   BIG = WARPS == 8 ? 16 : 8,             // side: a tile has 8*side rows and columns, its CUDA block
                                          //   side*side threads
@@ -719,8 +720,8 @@ enum {
   MAX_FOURS = 2                          // Float4 that a thread copies of each operand in a step
 };
 
-// A tensor core sees a float as tf32: 8 bits of exponent, 10 of fraction. Rounded to nearest, or the
-// hardware would cut off the rest, always towards zero.
+// A tensor core sees a float as tf32: 8 bits of exponent, 10 of fraction. Rounded to nearest, or
+// the hardware would cut off the rest, always towards zero.
 static __device__ __forceinline__ real round_tf32(real x) {
 #if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 800
   uint32_t bits;
@@ -756,8 +757,8 @@ static __device__ __forceinline__ void mma_tf32(real *c, const real *a, const re
 #endif
 }
 
-// Copying a step of an operand: a line is a row of A or a column of B. This thread's Float4 number l
-// begins at (line, k). Consecutive threads go along the direction that is consecutive in memory.
+// Copying a step of an operand: a line is a row of A or a column of B. This thread's Float4 number
+// l begins at (line, k). Consecutive threads go along the direction that is consecutive in memory.
 static __device__ __forceinline__ void place_of(int l, int side, int depth, long column,
                                                 int *line, int *k) {
   int number = threadIdx.x + l*side*side;
@@ -818,10 +819,10 @@ static __device__ __forceinline__ void multiply(real (*sum)[8], const real *a, c
 // The same on tensor cores: the warp's 32 x 64 as 2 x 8 tiles of 16 x 8, of which a lane holds 4
 // numbers each. Where mma_tf32 wants k = t and t + 4 of a lane, it gets 2t and 2t + 1:
 //
-//   mma's k          0 1 2 3 4 5 6 7      The same order in A and in B leaves every sum as it was. A
-//   lane with t      0 1 2 3 0 1 2 3      row of the tile is 4 numbers longer than a multiple of 32,
-//   k of the tile    0 2 4 6 1 3 5 7      so rows 2t begin in banks 0, 8, 16, 24, and the 8 lanes
-//                                         with this t use 8 banks from there: no two in one bank.
+//   mma's k          0 1 2 3 4 5 6 7   The same order in A and in B leaves every sum as it was.
+//   lane with t      0 1 2 3 0 1 2 3   A row of the tile is 4 numbers longer than a multiple of 32:
+//   k of the tile    0 2 4 6 1 3 5 7   so rows 2t begin in banks 0, 8, 16, 24, and the 8 lanes
+//                                      with this t use 8 banks from there: no two in one bank.
 static __device__ __forceinline__ void multiply_tf32(real (*sum)[8], const real *a, const real *b,
                                                      int row, int depth) {
   int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
@@ -1010,8 +1011,8 @@ static void squared_norm(double *result, double *partial, const real *x, long n)
 // ---- 7. Device memory and launches ------------------------------------------------------------
 
 // copy_in() returns at once, and the caller may change its memory. So small copies, the tokens of a
-// micro-batch, are first put into slots of "pinned" memory, which the GPU can read by itself; the CPU
-// then is ahead of the GPU by up to SLOTS copies.
+// micro-batch, are first put into slots of "pinned" memory, which the GPU can read by itself; the
+// CPU then is ahead of the GPU by up to SLOTS copies.
 enum { SLOTS = 16, SLOT_BYTES = 256 << 10 };
 static struct { void *memory; cudaEvent_t sent; } slot[SLOTS];
 
