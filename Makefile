@@ -84,7 +84,7 @@ train_gpu: train_gpu.cu train.c
 # LAUNCH(kernel, grid, block, 0, stream)(x). It runs CUDA blocks of 2 warps in double, of 8 in float.
 ON_GPU = $(and $(NVCC),$(HAS_GPU))
 HEADER = $(if $(filter .,$D),$B,$D)/train_gpu.h
-EMULATE = $(CXX) -x c++ -std=c++17 -g $(NATIVE) $(WARN) -DGPU '-DKERNELS="$(HEADER)"' -I$D $(EXTRA)
+EMULATE = $(CXX) -x c++ -std=c++17 -g $(NATIVE) $(WARN) -DGPU '-DKERNELS="$(HEADER)"' -I. -I$D $(EXTRA)
 GPU_CHECK = $(if $(ON_GPU),$(NVCC) $(NVCCFLAGS) -x cu '-DKERNELS="train_gpu.cu"' $(EXTRA),$(EMULATE) -O2)
 
 $(HEADER): $D/train_gpu.cu

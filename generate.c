@@ -97,7 +97,7 @@ static void attention_cached(Tensor out, Tensor lse, Tensor qkv, int B, int T, i
       const real *k = cache_at(w, layer, cell[s], h, KEY, s);
       att[s] = SUM(real, d, D, q[d] * k[d]);
     }
-    real sum = softmax_weights(att, t + 1, t + 1, max_of(att, t + 1) * scale, scale);
+    real sum = exp_of_scores(att, t + 1, t + 1, max_of(att, t + 1) * scale, scale);
     for (int d = 0; d < D; d++) out_n[d] = 0;
     for (int s = 0; s <= t; s++) {
       const real *v = cache_at(w, layer, cell[s], h, VALUE, s), p = att[s] / sum;
@@ -174,7 +174,8 @@ static void start_writing(Writer *w, const unsigned char *prompt, long n, int ro
 }
 
 // Row i continues what was row parent[i]. Nothing is computed again, and no key or value is copied:
-// it stays in the cache row where it was computed, and only the note of where, cell, is copied.
+// it stays in the cache row where it was computed, and only the table `cell`, which records where,
+// is copied.
 static void reorder(Writer *w, const int *parent, int rows) {
   Writer old = *w;
   int moved = 0;
@@ -526,15 +527,15 @@ static void compare(Writer *w) {
 // ---- 5. Looking inside: --attention -----------------------------------------------------------
 // A picture for each layer (down) and head (across): a triangle in which row t shows how much byte
 // t of the prompt attends to each byte up to itself.
-enum { MAX_SHOWN = 64, MAP = 240, GAP = 34, MARGIN = 60, TOP = 96 };   // bytes; pixels
+enum { MAX_SHOWN = 64, MAP = 240, GAP = 34, MARGIN = 60, CAPTION = 96 };   // bytes; pixels
 
 // att[t,s] of one head, from the queries and keys that forward() left: (n,n), 0 for s > t.
 static void head_attention(const Model *m, int layer, int head, int n, real *att) {
   int C = m->config.n_embd, H = m->config.n_head, D = C / H;
   const real *q = m->act[layer].qkv.data + head*D, *k = q + C;
   for (int t = 0; t < n; t++) {
-    for (int s = 0; s <= t; s++) att[t*n + s] = score(q + 3L*t*C, k + 3L*s*C, D);
-    real sum = softmax_weights(att + t*n, t + 1, n, max_of(att + t*n, t + 1), 1);
+    for (int s = 0; s <= t; s++) att[t*n + s] = z_of(q + 3L*t*C, k + 3L*s*C, D);
+    real sum = exp_of_scores(att + t*n, t + 1, n, max_of(att + t*n, t + 1), 1);
     check_finite(sum);
     for (int s = 0; s <= t; s++) att[t*n + s] /= sum;
   }
@@ -589,13 +590,13 @@ static void write_attention(Writer *w, const unsigned char *bytes, long n_bytes)
   whole_window(m, bytes, n_bytes - n, n);
   bytes += n_bytes - n;
   FILE *f = output_open(NULL, gen.attention);
-  svg_begin(f, 2*MARGIN + H*MAP + (H - 1)*GAP, TOP + L*(MAP + 2*GAP) + GAP);
+  svg_begin(f, 2*MARGIN + H*MAP + (H - 1)*GAP, CAPTION + L*(MAP + 2*GAP) + GAP);
   svg_text(f, MARGIN, 30, "font-size=\"18\"", "What each byte attends to");
   svg_text(f, MARGIN, 52, "fill=\"#666\"", "A row is a byte, its columns the bytes up to it; "
            "darker is more attention. Spread evenly, it would go %.1f bytes back.", (n - 1) / 4.0);
   for (int l = 0; l < L; l++)
     for (int h = 0; h < H; h++) {
-      double x = MARGIN + h*(MAP + GAP), y = TOP + l*(MAP + 2*GAP);
+      double x = MARGIN + h*(MAP + GAP), y = CAPTION + l*(MAP + 2*GAP);
       head_attention(m, l, h, n, att);
       svg_text(f, x, y - 10, "", "layer %d, head %d: %.1f bytes back", l + 1, h + 1,
                mean_distance(att, n));
@@ -691,7 +692,7 @@ static const char GENERATE_USAGE[] =
   "Write an option as --name value or --name=value. Here each stands with its default.\n";
 
 static void check_choices(void) {
-  if (gen.greedy && gen.beam) die("--greedy is --beam 1: leave one out");
+  if (gen.greedy && gen.beam) die("--greedy and --beam are alternatives: give only one");
   if (gen.samples > 1 && (gen.greedy || gen.beam || gen.compare))
     die("--samples %d with --greedy, --beam or --compare: those write one text, always the same",
         gen.samples);
@@ -984,7 +985,7 @@ int main(void) {
   test_window();
   test_cache(64, 32, 1, 1);
   test_cache(16, 32, 3, 1);
-  test_cache(16, 48, 18, 5);     // more rows than linear_step() takes at once
+  test_cache(16, 48, 18, 5);     // more rows than a tile has
   test_cache(16, 10, 1, 43);     // the prompt is longer than the context; odd channels
   test_cache(7, 6, 2, 7);
   test_cache(1, 8, 1, 1);

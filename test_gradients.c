@@ -4,12 +4,13 @@
 // A derivative is a limit, so a program can measure it: move one number x by h, and see how far the
 // loss f moves. That needs no calculus, and nothing of how backward computes its answer:
 //
-//   df/dx = (8 (f(x+h) - f(x-h)) - (f(x+2h) - f(x-2h))) / 12h, but for h^4 and rounding / h
+//   df/dx = (8 (f(x+h) - f(x-h)) - (f(x+2h) - f(x-2h))) / (12 h), with errors of the order of h^4
+//   and of (rounding error) / h
 //
 // In double both errors are about 1e-12. So a right gradient agrees to 1e-8 of its tensor's size in
-// every element, and one that is wrong in a term, a row or an edge does not: no tolerance has to
-// excuse anything. f is a plain version of the layer, a few lines in double, with which the layer's
-// forward pass is compared, too.
+// every element, and one that is wrong in a term, a row or an edge does not: the tolerance can be
+// tight. f is a plain version of the layer, a few lines in double, with which the layer's forward
+// pass is compared, too.
 //
 //   ./test_gradients                     everything; ends with `N passed, N failed`
 //   ./test_gradients layernorm gelu      these layers; --help lists them
@@ -50,9 +51,7 @@ typedef struct { int B, T, C, H, V, O; } Shape;
 enum { IS_DOUBLE = sizeof(real) == sizeof(double) };
 
 static double *new_doubles(long n) {
-  double *x = (double *)host_alloc(NULL, n * sizeof(double));
-  memset(x, 0, n * sizeof(double));
-  return x;
+  return (double *)host_alloc(NULL, n * sizeof(double));
 }
 
 // Between the host, where numbers are double, and the device, where they are real.
@@ -349,13 +348,13 @@ static void report_crashes(void) {
 enum Kind {
   OUTPUT,     // forward sets it; its gradient is given to backward
   SAVED,      // forward sets it for backward; it has no gradient
-  SETS,       // an input whose gradient backward sets (=); it is NaN before
+  SETS,       // an input whose gradient backward sets (=); it is NaN before, and must not be read
   ADDS,       // an input whose gradient backward adds to (+=); it is random before
   GIVEN       // an input without a gradient
 };
 enum { MAX_TENSORS = 8, GUARD = 16 };
 
-// rows and cols are letters of Shape, 'N' for B*T, 'Q' for 3*C; or a small number as it is.
+// rows and cols are letters of Shape, 'N' for B*T, 'P' for B*H, 'Q' for 3*C; or a small number.
 typedef struct { const char *name; int rows, cols; enum Kind kind; } TensorSpec;
 typedef struct {
   const char *name;
@@ -496,7 +495,7 @@ static void attention_plain(Shape s, double **x, const int *ids) {
   free(att);
 }
 LAYER(attention, 0, (t[0], t[1], t[2], B, T, C, H),
-      {"out", 'N', 'C', OUTPUT}, {"lse", 'N', 'H', SAVED}, {"qkv", 'N', 'Q', SETS})
+      {"out", 'N', 'C', OUTPUT}, {"lse", 'P', 'T', SAVED}, {"qkv", 'N', 'Q', SETS})
 
 #ifndef GPU
 // A layer of one's own, which no GPT has: mean squared error, loss[n] = avg_o (y[n,o] -
@@ -538,6 +537,7 @@ static int extent(Shape s, int letter) {
   case 'O': return s.O;
   case 'N': return s.B * s.T;
   case 'Q': return 3 * s.C;
+  case 'P': return s.B * s.H;
   default: return letter;
   }
 }
@@ -574,7 +574,6 @@ static void make_data(Case *c, int i, double stress) {
 
 static Case *make_case(const Layer *layer, Shape s) {
   Case *c = (Case *)host_alloc(NULL, sizeof(Case));
-  memset(c, 0, sizeof *c);
   c->layer = layer;
   c->s = s;
   int N = s.B * s.T, stressed = 0;
@@ -658,9 +657,9 @@ static int differs_less(Slope a, Slope b) {   // false if a is NaN
   return fabs(a.promised - a.found) < fabs(b.promised - b.found) || isnan(b.promised);
 }
 
-// A tensor too large to move every number: all are moved at once, along a random direction. If the
-// slope is not the one that the gradient promises, half of them are moved, and half of that half,
-// always the half that differs more: so a wrong element is found in few steps.
+// When a tensor is too large to move each number separately, all are moved at once, along a random
+// direction. If the slope is not the one that the gradient promises, half of them are moved, then
+// half of that half, always the half that differs more: so a wrong element is found in few steps.
 static double check_direction(Case *c, int i, const double *got, Comparison row) {
   long n = count_in(c, i), begin = 0, end = n;
   double *direction = new_doubles(n);
@@ -911,13 +910,12 @@ static void poison(void *model) {                  // what is read before it is 
 
 static Trainer *new_trainer(Config config, int unshared) {
   Trainer *t = (Trainer *)host_alloc(NULL, sizeof(Trainer));
-  memset(t, 0, sizeof *t);
   Model *m = &t->model;
   model_layout(m, config, MAX_TOKENS, 1, unshared);
   model_allocate(m);
   launch(poison, m);
-  t->m = (real *)device_alloc(m->n_weights * sizeof(real));
-  t->v = (real *)device_alloc(m->n_weights * sizeof(real));
+  t->moment_m = (real *)device_alloc(m->n_weights * sizeof(real));
+  t->moment_v = (real *)device_alloc(m->n_weights * sizeof(real));
   return t;
 }
 
@@ -925,14 +923,14 @@ static void reset(Trainer *t) {                    // to random weights and no s
   Model *m = &t->model;
   double *w = random_parameters(m), *zeros = new_doubles(m->n_weights);
   put_parameters(w, m, m->weights.data);
-  put(t->m, zeros, m->n_weights);
-  put(t->v, zeros, m->n_weights);
+  put(t->moment_m, zeros, m->n_weights);
+  put(t->moment_v, zeros, m->n_weights);
   t->updates = 0;
   free(w); free(zeros);
 }
 
 static void run_piece(Model *m, Piece p, double dloss) {   // dloss 0: forward only
-  MicroBatch batch = {m, p.B, p.T, (real)dloss};
+  MicroBatch batch = {m, p.B, p.T, dloss};
   load_piece(m, p);
   launch(run_micro_batch, &batch);
 }
@@ -1125,9 +1123,9 @@ static void check_tf32(void) {
 
 enum { PIECES = 4, PIECE_B = 2, PIECE_T = 7, UPDATES = 3 };
 
-// Softmax does not change when all scores of a query change alike, so the gradient of a bias of K
-// is zero. Rounding leaves noise there, and optimizers that divide by the gradient's size make
-// steps of the noise: these biases are not compared.
+// Softmax does not change when all scores of a query change alike, so the gradient of the bias of
+// the keys is zero. Rounding leaves noise there, and optimizers that divide by the size of the
+// gradient make steps of the noise: these biases are not compared.
 static void blank_key_biases(const Model *m, double *packed) {
   for (Entry *e = m->parameter; e < m->parameter + m->n_parameters; packed += entry_count(e++))
     if (strstr(e->name, "c_attn.bias"))
@@ -1159,7 +1157,7 @@ static double gradient_apart(Trainer *t, Trainer *other) {
   put_parameters(w, n, n->weights.data);
   launch(zero_gradients, n);
   for (int k = 0; k < t->accumulate; k++) {
-    MicroBatch batch = {n, opt.batch_size, opt.config.block_size, (real)(1 / tokens)};
+    MicroBatch batch = {n, opt.batch_size, opt.config.block_size, 1 / tokens};
     load_micro_batch(n, t->updates * t->accumulate + k);
     launch(run_micro_batch, &batch);
   }
@@ -1236,8 +1234,8 @@ static void apply(Trainer *t, int optimizer, double rate, int counted) {
   long updates = t->updates;
   opt.optimizer = optimizers[optimizer].name;
   t->updates = counted;                  // for Adam's bias correction
-  t->optimizer = optimizer_config(t);
-  t->optimizer.learning_rate = (real)rate;
+  t->config = optimizer_config(t);
+  t->config.learning_rate = (real)rate;
   launch(apply_gradients, t);
   t->updates = updates + 1;
 }
@@ -1413,7 +1411,7 @@ static void plain_adam(Plain *p, double g) {
 }
 static void plain_adamw(Plain *p, double g) { plain_adam(p, g); }
 
-#define PLAIN_STEP(name, rate, decay, direction) plain_##name,
+#define PLAIN_STEP(name, ...) plain_##name,
 static void (*const plain_steps[])(Plain *, double) = {OPTIMIZERS(PLAIN_STEP)};
 
 typedef struct { Tensor w; real *m, *v; long begin, end; OptimizerConfig o; LossSums *sums; } Step;
@@ -1447,10 +1445,9 @@ static double apart_from_formula(int optimizer) {
     put(s.w.grad, g, n);
     launch(one_step, &s);
     for (long i = begin; i < n; i++) {
-      int decoupled = optimizer == adamw;
       double scaled = g[i] * clip / norm;
       p[i].step = step;
-      if (!decoupled) scaled += decay * p[i].w;
+      if (optimizers[optimizer].decay == COUPLED) scaled += decay * p[i].w;
       else p[i].w -= rate * decay * p[i].w;
       plain_steps[optimizer](&p[i], scaled);
     }
@@ -2071,7 +2068,7 @@ static const char *cudaGetErrorString(cudaError_t e) {
 }
 static std::map<uintptr_t, size_t> device_memory_map;   // address and size of each allocation
 
-static bool on_device(const void *p, size_t n) {
+static bool is_device_memory(const void *p, size_t n) {
   auto after = device_memory_map.upper_bound((uintptr_t)p);
   if (after == device_memory_map.begin()) return false;
   --after;
@@ -2104,13 +2101,13 @@ static void enqueue(const std::function<void()> &work) {
 }
 static cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n, cudaMemcpyKind kind,
                                    cudaStream_t) {
-  if (on_device(to, n) != (kind & 1) || on_device(from, n) != kind >> 1)
+  if (is_device_memory(to, n) != (kind & 1) || is_device_memory(from, n) != kind >> 1)
     return cudaErrorInvalidValue;
   enqueue([=] { memcpy(to, from, n); });
   return cudaSuccess;
 }
 static cudaError_t cudaMemsetAsync(void *p, int value, size_t n, cudaStream_t) {
-  if (!on_device(p, n)) return cudaErrorInvalidValue;
+  if (!is_device_memory(p, n)) return cudaErrorInvalidValue;
   enqueue([=] { memset(p, value, n); });
   return cudaSuccess;
 }
@@ -2147,7 +2144,7 @@ UNSEEN void run_grid(const char *kernel, dim3 grid, dim3 block, const std::funct
 }
 
 template <class T> static void check_pointer(const char *kernel, T *p) {
-  if (!p || on_device(p, 0)) return;
+  if (!p || is_device_memory(p, 0)) return;
   fprintf(stderr, "kernel %s: an argument points to host memory\n", kernel);
   exit(1);
 }

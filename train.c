@@ -16,16 +16,16 @@
 // channels; L blocks; V vocabulary entries (256: a token is a byte); O outputs of a linear layer.
 // dx is the gradient of the loss with respect to x, and has the shape of x.
 //
-// The file is written to be read from the top, and you may stop where the lesson ends:
+// The file is written to be read from the top. You can stop after any part:
 //
 //   the lesson      1 types and the layer interface   2 the model   3 forward and backward
 //                   4 optimizers, one update, the training loop
 //   the layers      5 from residual to attention
-//   the machinery   6 matmul and exp   7 threads and memory
+//   the machinery   6 matmul, sums and exp   7 threads and memory
 //   the plumbing    8 data   9 checkpoint   10 log, plot, console   11 options and main
 //
-// train_gpu.cu has the same sections: it implements 5, 6 and 7 as CUDA kernels and includes this
-// file for the rest. test_gradients.c proves the gradients of both.
+// train_gpu.cu has the same sections: it implements 5 to 7, and the optimizer of section 4, as CUDA
+// kernels, and includes this file for the rest. test_gradients.c checks the gradients of both.
 //
 //   make run                              trains on the default text, then writes a sample
 //   ./train shakespeare.txt --n_layer 6   any text; ./train --help lists the options
@@ -52,19 +52,19 @@
 // ---- 1. Types and the layer interface ---------------------------------------------------------
 
 #ifndef REAL
-#define REAL float   // the gradient checker is compiled with -DREAL=double, too
+#define REAL float   // the gradient checker sets it to double
 #endif
 typedef REAL real;
 #ifndef DEVICE
-#define DEVICE       // in train_gpu.cu: what runs in kernels, too
+#define DEVICE       // marks functions that train_gpu.cu also calls from kernels
 #endif
 DEVICE static inline real sqrt_(real x) {   // sqrtf for float: sqrt would compute in double
   return sizeof(real) == sizeof(float) ? (real)sqrtf((float)x) : (real)sqrt((double)x);
 }
 
-// A value and the gradient of the loss with respect to it: two arrays of one shape, row-major. The
-// forward pass fills data, the backward pass grad. On a GPU both are in device memory. packed is
-// for generate.c: a copy of a weight in the order in which matmul reads it, or NULL.
+// A value and the gradient of the loss with respect to it: two arrays of the same shape, row-major.
+// The forward pass fills data, the backward pass grad. On a GPU both are in device memory. packed
+// is NULL during training; generate.c stores a second copy of each weight there, see section 6.
 typedef struct { real *data, *grad, *packed; } Tensor;
 typedef struct { Tensor weight, bias; } WeightBias;   // of a linear layer, or of a layernorm
 
@@ -80,19 +80,22 @@ DEVICE static inline Matrix transpose(Matrix m) {
   return t;
 }
 
-// The layer interface. These functions are all that touches numbers, and they exist twice: in this
-// file for the CPU, in train_gpu.cu as CUDA kernels. Everything else calls them and exists once.
-// The output is the first argument. The forward and the backward pass of a layer take the same
-// arguments, so that backward() is forward() read from bottom to top. A backward pass either sets
-// the gradient of an input (=) or adds to it (+=):
+// The layer interface. Apart from optimizer_step() in section 4, only these functions compute with
+// tensors, and they exist twice: in this file for the CPU, in train_gpu.cu as CUDA kernels. All
+// other code calls them and exists once. The output is the first argument. The forward and the
+// backward pass of a layer take the same arguments, so that backward() is forward() read from
+// bottom to top. A backward pass either sets the gradient of an input (=) or adds to it (+=):
 //
-//   parameters    += always: several micro-batches, and the two uses of wte, add up
-//   activations   =  as a rule: an activation has one reader, so its gradient has one writer
+//   parameters    += always, because gradients accumulate over micro-batches, and over the two
+//                    uses of wte
+//   activations   =  as a rule, because an activation has one reader, so its gradient one writer
 //   x             =  by residual_backward, then += by layernorm_backward, which runs later: x, the
-//                    residual stream, is read by a layernorm and by a residual connection
+//                    residual stream, is read by a layernorm and by a residual connection. Only
+//                    the last x has no residual reader: backward() sets its gradient to 0 first
 //
-// Shapes: out, x, f (N,C); wte (V,C); wpe (T,C); mean_rstd (N,2); y (N,O); weight (C,O); qkv
-// (N,3C); lse (B,H,T); logits (N,V); loss, correct, row_lse (N). Tokens and targets are 0..V-1.
+// Shapes: out, x, f (N,C); wte (V,C); wpe (T,C); mean_rstd (N,2), the mean and 1/standard deviation
+// of each row; y (N,O); weight (C,O); qkv (N,3C); logits (N,V); loss, correct, row_lse (N). lse
+// (B,H,T) and row_lse are logarithms of sums of exponentials. Tokens and targets are 0..V-1.
 #define LAYER_INTERFACE(name, ...)                                                                 \
   static void name##_forward(__VA_ARGS__);                                                         \
   static void name##_backward(__VA_ARGS__)
@@ -107,8 +110,8 @@ LAYER_INTERFACE(crossentropy, Tensor loss, Tensor correct, Tensor row_lse, Tenso
                 const int *target, int N, int V);
 LAYER_INTERFACE(attention, Tensor out, Tensor lse, Tensor qkv, int B, int T, int C, int H);
 
-// What layers are made of. C (M,N) = A (M,K) B (K,N), plus bias if it is not NULL: with mode ADD
-// this is added to C. c.column is 1.
+// What layers are made of. matmul multiplies an (M,K) by a (K,N) matrix. mode SET: c = a b + bias,
+// where bias may be NULL; ADD: c += a b, and bias is ignored. c.column must be 1.
 enum { SET, ADD };
 static void matmul(Matrix c, Matrix a, Matrix b, int M, int N, int K, int mode, const real *bias);
 static void add_columns(real *sum, const real *x, int N, int O);   // sum[o] += sum_n x[n,o]
@@ -126,12 +129,13 @@ static void device_precision(const char *name);    // of matmul: "fp32", or "tf3
 static void *device_alloc(size_t bytes);           // zeroed
 static void copy_in(void *device, const void *host, size_t bytes);
 static void copy_out(void *host, const void *device, size_t bytes);
-static double device_bytes;                        // that device_alloc() has returned in all
+static double device_bytes;                        // total allocated by device_alloc()
 
-// launch() calls work(argument) on every thread and returns when all are done. The functions from
-// residual_forward to squared_norm must be called inside a launch. launch_recorded() does the same,
-// but a GPU records the kernels and replays them when the argument has the same bytes again. So
-// what differs between micro-batches, like their tokens, must be in device memory.
+// launch() calls work(argument) on every thread and returns when all are done: the functions from
+// residual_forward to squared_norm must be called inside a launch, since all threads share their
+// work. launch_recorded() does the same, but a GPU records the kernels and replays them when the
+// argument has the same bytes again. So what differs between micro-batches, like their tokens, must
+// be in device memory.
 static void launch(void (*work)(void *), void *argument);
 static void launch_recorded(void (*work)(void *), void *argument, size_t bytes);
 
@@ -142,11 +146,13 @@ static void launch_recorded(void (*work)(void *), void *argument, size_t bytes);
 //   - Code outside of a parallel_for runs on every thread, so it may set local variables only.
 //   - Every thread must reach the same parallel_fors. Do not nest them, and do not `return` from
 //     one: that thread would skip the barrier at its end, take its next barrier for this one, and
-//     the threads would never be in step again. `break` and `continue` are safe.
+//     the threads would never be in step again. `continue` is safe, and `break` ends the thread's
+//     own share.
 //   - An iteration owns what it writes: no two iterations write the same number. So nothing needs a
 //     lock, and each sum is added in one order: results are bit for bit the same on any number of
 //     threads.
-// parallel_for (part, n_threads) is one iteration a thread, parallel_for (one, 1) work for one.
+// parallel_for (part, n_threads) gives each thread one iteration, and parallel_for (one, 1) runs
+// its body on a single thread.
 static int n_threads = 1;
 static __thread int thread_id;
 static void barrier(const char *function);         // see section 7
@@ -169,16 +175,19 @@ enum { LANES = 16 };
   sum_; })
 #endif
 
-// Helpers, defined in section 7
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
+
+// Helpers, defined in section 7. host_alloc is a realloc that exits on failure; with p NULL the
+// memory is zeroed. The random functions return number `index` of a sequence of random numbers:
+// 64 bits, uniform in [0,1), normal with mean 0 and variance 1.
 __attribute__((noreturn, format(printf, 1, 2)))
 static void die(const char *format, ...);          // prints one line on stderr, exits with code 1
-static void *host_alloc(void *p, size_t bytes);    // realloc that exits on failure; NULL: zeroed
+static void *host_alloc(void *p, size_t bytes);
 static double seconds(void);                       // a clock that never goes back
-static uint64_t random_bits(uint64_t seed, uint64_t index);     // number `index` of a sequence of
-static double random_uniform(uint64_t seed, uint64_t index);    // random numbers; uniform is in
-static double random_normal(uint64_t seed, uint64_t index);     // [0,1), normal has variance 1
+static uint64_t random_bits(uint64_t seed, uint64_t index);
+static double random_uniform(uint64_t seed, uint64_t index);
+static double random_normal(uint64_t seed, uint64_t index);
 
 // ---- 2. The model -----------------------------------------------------------------------------
 
@@ -193,9 +202,9 @@ typedef struct {                       // its activations, in the order in which
   Tensor ln_2, ln_2_mean_rstd, fc, gelu, mlp_proj, x;
 } Activations;
 
-// Where an activation's data, or its gradient, is stored. The data of the forward pass are kept
-// until the backward pass has read them. A gradient is read at once, by the layer below, so the
-// blocks share a few buffers. From the top of a block to its bottom:
+// Where an activation's data, or its gradient, is stored. The data are kept until the backward pass
+// has read them. A gradient is read at once, by the layer below, and never again: so all blocks
+// share a few gradient buffers. In the order of the backward pass, from the top of a block down:
 //
 //   activation  shape   data    gradient   why the gradient may be there
 //   x           (N,C)   OWN     RESIDUAL   x = x_mid + mlp_proj: the gradients of all three are
@@ -209,23 +218,24 @@ typedef struct {                       // its activations, in the order in which
 //   qkv         (N,3C)  OWN     QKV
 //   ln_1        (N,C)   OWN     BRANCH     attention_backward has read the last BRANCH
 //
-// PROJ is read by the next residual_forward and never again. No other layer needs its output twice.
-enum Memory {
+// PROJ is read once, by the next residual_forward, so all blocks can share it. The backward pass
+// reads all other data again.
+enum Place {
   NONE,                                // not needed
   OWN,                                 // memory of its own
   IN_PLACE,                            // a gradient that overwrites its data
-  RESIDUAL, PROJ, BRANCH, QKV, MLP,    // a buffer that all tensors with this name share
-  N_MEMORIES
+  RESIDUAL, PROJ, BRANCH, QKV, MLP,    // a buffer that all tensors with this place share
+  N_PLACES
 };
 
-// An entry of the two lists in a Model: its parameters and its activations. Allocation,
-// initialisation, optimizers, checkpoints and the gradient checker walk these lists.
+// An entry in one of a Model's two lists, parameters and activations. Allocation, initialisation,
+// checkpoints and the gradient checker walk these lists.
 typedef struct {
   char name[40];
   Tensor *tensor;
   int rows, cols;                      // cols 0: a vector
-  double mean, std;                    // of a parameter before training
-  enum Memory data, grad;              // of an activation
+  double mean, std;                    // of the initial values of a parameter
+  enum Place data, grad;               // of an activation
   long data_at, grad_at;               // where they begin in the Model's memory
 } Entry;
 
@@ -281,7 +291,7 @@ static void add_weight_bias(Model *m, WeightBias *p, int rows, int cols, double 
   add_parameter(m, &p->bias, cols ? cols : rows, 0, 0, 0, full, layer);
 }
 
-static void add_activation(Model *m, Tensor *t, int cols, enum Memory data, enum Memory grad,
+static void add_activation(Model *m, Tensor *t, int cols, enum Place data, enum Place grad,
                            const char *name, int layer) {
   Entry *e = add_entry(&m->activation, &m->n_activations, t, m->max_tokens, cols, name, layer);
   e->data = data; e->grad = grad;
@@ -293,8 +303,8 @@ static void add_activation(Model *m, Tensor *t, int cols, enum Memory data, enum
 static void layout(Model *m) {
   int H = m->config.n_head, C = m->config.n_embd, V = m->config.vocab_size;
   double std = 0.02;
-  double proj_std = std / sqrt(2.0 * m->config.n_layer);   // 2L of these add up in the residual
-  add_parameter(m, &m->wte, V, C, 0, std, "wte.weight", 0);                        // stream
+  double proj_std = std / sqrt(2.0 * m->config.n_layer);   // since 2L of these add up in x
+  add_parameter(m, &m->wte, V, C, 0, std, "wte.weight", 0);
   add_parameter(m, &m->wpe, m->config.block_size, C, 0, std, "wpe.weight", 0);
   add_activation(m, &m->embedding, C, OWN, RESIDUAL, "embedding", 0);
   for (int l = 0; l < m->config.n_layer; l++) {
@@ -347,12 +357,12 @@ static void place_parameters(Model *m) {
 
 // A shared buffer is placed at its first use; all tensors that share it have the same size.
 static void place_activations(Model *m) {
-  long shared[N_MEMORIES];
-  for (int i = 0; i < N_MEMORIES; i++) shared[i] = -1;
+  long shared[N_PLACES];
+  for (int i = 0; i < N_PLACES; i++) shared[i] = -1;
   for (int i = 0; i < 2 * m->n_activations; i++) {
     Entry *e = &m->activation[i / 2];
     int grad = i % 2;
-    enum Memory where = grad ? e->grad : e->data;
+    enum Place where = grad ? e->grad : e->data;
     long *at = grad ? &e->grad_at : &e->data_at;
     *at = -1;
     if (where == NONE || (grad && !m->training)) continue;
@@ -373,8 +383,8 @@ static long chunks(long n) { return (n + CHUNK - 1) / CHUNK; }
 // Describes a model for micro-batches of up to max_tokens tokens; takes no device memory yet.
 static void model_layout(Model *m, Config config, int max_tokens, int training, int unshared) {
   if (4.0 * config.block_size * config.n_embd > 2e9 || max_tokens > 500000000)
-    die("%d tokens at once, of %d in a sequence and %d channels, are too many: lower --batch_size, "
-        "--block_size or --n_embd", max_tokens, config.block_size, config.n_embd);
+    die("a micro-batch of %d tokens, in sequences of %d, with %d channels is too large: lower "
+        "--batch_size, --block_size or --n_embd", max_tokens, config.block_size, config.n_embd);
   memset(m, 0, sizeof *m);
   m->config = config; m->max_tokens = max_tokens;
   m->training = training; m->unshared = unshared;
@@ -414,9 +424,10 @@ static void model_init(Model *m, uint64_t seed) {   // random weights
     free(w);
   }
 }
+
 // ---- 3. Forward and backward ------------------------------------------------------------------
 
-// The loss of each of B*T tokens, from m->token and m->target: m->loss.
+// Computes m->loss, the loss of each of B*T tokens, from m->token and m->target.
 static void forward(Model *m, int B, int T) {
   int N = B*T, H = m->config.n_head, C = m->config.n_embd, V = m->config.vocab_size;
   embedding_forward(m->embedding, m->token, m->wte, m->wpe, B, T, C);
@@ -441,7 +452,8 @@ static void forward(Model *m, int B, int T) {
   crossentropy_forward(m->loss, m->correct, m->row_lse, m->logits, m->target, N, V);
 }
 
-// Call it after forward(). Adds the gradient of dloss * sum_n loss[n] to those of the parameters.
+// To be called after forward(). Adds the gradient of dloss * sum_n loss[n] to those of the
+// parameters.
 static void backward(Model *m, int B, int T, real dloss) {
   int N = B*T, H = m->config.n_head, C = m->config.n_embd, V = m->config.vocab_size;
   fill(m->loss.grad, N, dloss);
@@ -469,14 +481,15 @@ static void backward(Model *m, int B, int T, real dloss) {
 }
 
 // The work of one launch: forward, the losses added to m->sums, and backward unless dloss is 0.
-typedef struct { Model *model; int B, T; real dloss; } MicroBatch;
+typedef struct { Model *model; int B, T; double dloss; } MicroBatch;   // without padding: see
+                                                                      // launch_recorded()
 
 static void run_micro_batch(void *argument) {
   MicroBatch *b = (MicroBatch *)argument;
   Model *m = b->model;
   forward(m, b->B, b->T);
   add_loss(m->sums, m->loss, m->correct, b->B * b->T);
-  if (b->dloss != 0) backward(m, b->B, b->T, b->dloss);
+  if (b->dloss != 0) backward(m, b->B, b->T, (real)b->dloss);
 }
 
 static void zero_gradients(void *model) {
@@ -485,23 +498,23 @@ static void zero_gradients(void *model) {
 }
 
 // Floating-point operations of forward and backward over N tokens in sequences of T. A multiply-add
-// counts as 2. A token meets each number of a matrix once (wpe is added, not multiplied), and in
-// each attention it meets T/2 keys and values on average. Backward takes two products for each one
-// of forward, hence the 3.
+// counts as 2. Each token is multiplied by each number of a matrix once (wpe is added, not
+// multiplied), and in each block by T/2 keys and T/2 values on average. The backward pass has two
+// products for each one of the forward pass, hence the 3.
 static double model_flop(const Model *m, double N, double T) {
-  double multiplied = 0;
+  double n_multiplied = 0;
   for (int i = 0; i < m->n_parameters; i++)
     if (m->parameter[i].cols && m->parameter[i].tensor != &m->wpe)
-      multiplied += entry_count(&m->parameter[i]);
-  return 3 * N * 2 * (multiplied + T * m->config.n_embd * m->config.n_layer);
+      n_multiplied += entry_count(&m->parameter[i]);
+  return 3 * N * 2 * (n_multiplied + T * m->config.n_embd * m->config.n_layer);
 }
 
 // ---- 4. Optimizers, one update, the training loop ---------------------------------------------
 
-// A row for each optimizer: its name; its default learning rate; whether weight decay is COUPLED, a
-// part of the gradient, or DECOUPLED (Loshchilov and Hutter 2019); and the direction d in which it
-// moves a weight with gradient g: w -= learning_rate * d. m and v are its state, two numbers for
-// each weight, 0 at first. Adding a row adds an optimizer everywhere.
+// A row for each optimizer: its name; its default learning rate; whether weight decay is COUPLED,
+// which adds it to the gradient, or DECOUPLED (Loshchilov and Hutter 2019); and a formula for the
+// step d that is subtracted from a weight with gradient g: w -= learning_rate * d. m and v are its
+// state, two numbers for each weight, initially 0. A new row adds an optimizer everywhere.
 #define OPTIMIZERS(ROW)                                                                            \
   ROW(sgd,      1e-1, COUPLED,   d = g)                                  /* Robbins, Monro 1951 */ \
   ROW(momentum, 1e-2, COUPLED,   m = beta1*m + g;  d = m)                /* Polyak 1964 */         \
@@ -518,28 +531,28 @@ static double model_flop(const Model *m, double N, double T) {
 
 #define NAME(name, ...) name,
 enum { OPTIMIZERS(NAME) N_OPTIMIZERS };
-#define NAME_AND_RATE(name, rate, decay, direction) {#name, rate},
-static const struct { const char *name; double learning_rate; } optimizers[] = {
-  OPTIMIZERS(NAME_AND_RATE)};
 enum { COUPLED, DECOUPLED };
+#define TABLE_ROW(name, rate, decay, formula) {#name, rate, decay},
+static const struct { const char *name; double learning_rate; int decay; } optimizers[] = {
+  OPTIMIZERS(TABLE_ROW)};
 
 typedef struct {
-  int optimizer;                       // sgd, momentum, ...
+  int kind;                            // sgd, momentum, ...
   real learning_rate, beta1, beta2, weight_decay, grad_clip;
   real m_correction, v_correction;     // Adam's bias correction, 1 / (1 - beta^update)
 } OptimizerConfig;
 
-// Moves one weight. Where `optimizer` is a constant, the compiler keeps only the code of its row.
-DEVICE static inline void update_weight(int optimizer, real *weight, real g, real *m_state,
+// Moves one weight. Where `kind` is a constant, the compiler keeps only the code of its row.
+DEVICE static inline void update_weight(int kind, real *weight, real g, real *m_state,
                                         real *v_state, OptimizerConfig o) {
   const real beta1 = o.beta1, beta2 = o.beta2, eps = (real)1e-8;
   real w = *weight, m = *m_state, v = *v_state, d = 0;
-  switch (optimizer) {
-#define CASE(name, rate, decay, direction)                                                         \
+  switch (kind) {
+#define CASE(name, rate, decay, formula)                                                           \
   case name:                                                                                       \
     if (decay == COUPLED) g += o.weight_decay * w;                                                 \
     else w -= o.learning_rate * o.weight_decay * w;                                                \
-    direction;                                                                                     \
+    formula;                                                                                       \
     break;
   OPTIMIZERS(CASE)
   }
@@ -548,7 +561,8 @@ DEVICE static inline void update_weight(int optimizer, real *weight, real g, rea
   *v_state = v;
 }
 
-// The factor that reduces the gradient's norm to grad_clip; 1 if it is smaller, or grad_clip is 0.
+// The factor that reduces the norm of the gradient to grad_clip; 1 if the norm is smaller already,
+// or if grad_clip is 0.
 DEVICE static inline real clip_factor(double norm2, real grad_clip) {
   double norm = sqrt(norm2);
   return (real)(grad_clip > 0 && norm > grad_clip ? grad_clip / norm : 1);
@@ -563,7 +577,7 @@ static void optimizer_step(Tensor w, real *m, real *v, long begin, long end, Opt
   real clip = clip_factor(sums->grad_norm2, o.grad_clip);
   parallel_for (chunk, chunks(end - begin)) {
     long from = begin + chunk*CHUNK, to = MIN(end, from + CHUNK);
-    switch (o.optimizer) {             // a loop for each optimizer, so that it can be vectorised
+    switch (o.kind) {                  // a loop for each optimizer, so that it can be vectorised
 #define LOOP(name, ...)                                                                            \
     case name:                                                                                     \
       for (long i = from; i < to; i++)                                                             \
@@ -575,7 +589,7 @@ static void optimizer_step(Tensor w, real *m, real *v, long begin, long end, Opt
 }
 #endif
 
-// The options: each has the name of its field here. Section 11 has their defaults and ranges.
+// The command line options. Section 11 has their defaults and ranges.
 static struct {
   Config config;
   const char *text, *out, *init, *optimizer, *precision;
@@ -584,20 +598,22 @@ static struct {
   double learning_rate, min_lr, weight_decay, beta1, beta2, grad_clip;
 } opt;
 
-typedef struct { double loss, accuracy; } Score;   // nats per token; part of the targets that had
-                                                   // the largest logit
+// The loss in nats per token, and the fraction of the tokens whose target had the largest logit.
+typedef struct { double loss, accuracy; } Evaluation;
+
 typedef struct {                       // a model in training, and how far it has come
   const char *name;
   Model model;
-  real *m, *v;                         // the optimizer's state, laid out like model.weights
-  OptimizerConfig optimizer;
+  real *moment_m, *moment_v;           // the optimizer's state, laid out like model.weights
+  OptimizerConfig config;              // of the current update
   int accumulate;                      // micro-batches in an update
   long updates, tokens;                // so far
-  long first_update, saved_update;     // where this run of the program began; the last save
-  double seconds, first_seconds;       // of training, without evaluation: so far; likewise
-  double step_seconds;                 // of the last update
-  double loss, accuracy, grad_norm;    // of the last update
-  Score val;                           // of the last evaluation
+  double seconds;                      // of training so far, without evaluation
+  long first_update;                   // `updates` and `seconds` when this program began: not 0
+  double first_seconds;                //   after --resume
+  long saved_update;                   // `updates` at the last save
+  double loss, accuracy, grad_norm, step_seconds;   // of the last update
+  Evaluation val;                      // the last one, on the validation text
 } Trainer;
 
 // There is one Trainer. --compare K has two: trainer[0] makes an update from each micro-batch,
@@ -627,7 +643,7 @@ static double learning_rate(const Trainer *t) {
 
 static OptimizerConfig optimizer_config(const Trainer *t) {
   OptimizerConfig o;
-  o.optimizer = optimizer_named(opt.optimizer);
+  o.kind = optimizer_named(opt.optimizer);
   o.learning_rate = (real)learning_rate(t);
   o.beta1 = (real)opt.beta1; o.beta2 = (real)opt.beta2;
   o.weight_decay = (real)opt.weight_decay; o.grad_clip = (real)opt.grad_clip;
@@ -636,21 +652,25 @@ static OptimizerConfig optimizer_config(const Trainer *t) {
   return o;
 }
 
-// The last part of an update: the norm for clipping, then the optimizer. Vectors do not decay.
+// The last part of an update: the norm for clipping, then the optimizer. Weight decay is for
+// matrices only; they are weights 0..n_matrices-1, the vectors follow.
 static void apply_gradients(void *argument) {
   Trainer *t = (Trainer *)argument;
   Model *m = &t->model;
-  OptimizerConfig decay = t->optimizer, no_decay = t->optimizer;
+  OptimizerConfig decay = t->config, no_decay = t->config;
   no_decay.weight_decay = 0;
   squared_norm(&m->sums->grad_norm2, m->partial, m->weights.grad, m->n_weights);
-  optimizer_step(m->weights, t->m, t->v, 0, m->n_matrices, decay, m->sums);
-  optimizer_step(m->weights, t->m, t->v, m->n_matrices, m->n_weights, no_decay, m->sums);
+  optimizer_step(m->weights, t->moment_m, t->moment_v, 0, m->n_matrices, decay, m->sums);
+  optimizer_step(m->weights, t->moment_m, t->moment_v, m->n_matrices, m->n_weights, no_decay,
+                 m->sums);
 }
 
 // One update: the gradients of `accumulate` micro-batches are added, then each weight moves once.
-// The loss that is differentiated is a sum over tokens, times 1 / (tokens of the whole update). So
-// the sum of the gradients is that of one batch `accumulate` times as large. That factor is dloss:
-// backward() starts with it, and no layer needs to know of it.
+// The loss that is differentiated is a sum over all tokens of the update, times 1 / (their number).
+// The derivative of a sum is the sum of the derivatives, so the added gradients equal the gradient
+// of one batch that is `accumulate` times as large. The factor is dloss, with which backward()
+// starts. Cross-entropy cannot take the mean itself: it sees one micro-batch, and a mean of the
+// means of unequal micro-batches is not the mean over all tokens.
 static void update(Trainer *t) {
   Model *m = &t->model;
   int B = opt.batch_size, T = opt.config.block_size;
@@ -658,12 +678,12 @@ static void update(Trainer *t) {
   LossSums sums = {0, 0, 0};
   copy_in(m->sums, &sums, sizeof sums);
   launch(zero_gradients, m);           // else the last update's gradients would be added, too
-  MicroBatch batch = {m, B, T, (real)(1 / tokens)};
+  MicroBatch batch = {m, B, T, 1 / tokens};
   for (int k = 0; k < t->accumulate; k++) {
     load_micro_batch(m, t->updates * t->accumulate + k);
     launch_recorded(run_micro_batch, &batch, sizeof batch);
   }
-  t->optimizer = optimizer_config(t);
+  t->config = optimizer_config(t);
   launch(apply_gradients, t);
   copy_out(&sums, m->sums, sizeof sums);   // waits until a GPU has finished
   t->updates++;
@@ -679,12 +699,14 @@ static void update(Trainer *t) {
   log_update(t);
 }
 
-// The training loop. Evaluates every --eval_interval updates and at the end; saves after each
-// evaluation, at the end, and when Ctrl-C stops it. Returns the exit code of the program.
+// The training loop. It evaluates and saves before the first update, every --eval_interval updates
+// and after the last one (with 0 it only saves, at the end), and it saves when Ctrl-C stops it.
+// Returns the exit code of the program.
 static int train(void) {
   Trainer *t = &trainer[0];
   int every = opt.eval_interval;
-  if (opt.compare) every = MAX(1, every / opt.compare) * opt.compare;
+  if (opt.compare)                       // so that both trainers are evaluated after an update
+    every = every ? MAX(1, every / opt.compare) * opt.compare : MAX(1, opt.max_steps);
   for (;;) {
     int finished = t->updates >= opt.max_steps;
     if (every && (finished || (!interrupted && t->updates % every == 0))) evaluate_and_save();
@@ -695,16 +717,18 @@ static int train(void) {
   }
   return finish_training();
 }
+
 // ---- 5. Layers, from simple to hard -----------------------------------------------------------
 // Above each pair of functions stands the equation of the forward pass, above each loop of the
-// backward pass the derivative that it computes. x_n is row n of x.
+// backward pass the derivative that it computes (for attention, all equations come first). x_n is
+// row n of x.
 
 #define GELU_A (real)0.7978845608028654   // sqrt(2/pi)
 #define GELU_B (real)0.044715
 #ifndef PLAIN
 #define PLAIN 0   // make EXTRA=-DPLAIN=1: the plain matmul and attention in place of the fast ones
 #endif
-static void profile_flop(double flop);   // for --profile: what the last loop or kernel computed
+static void profile_flop(double flop);   // adds to the last loop or kernel that was profiled
 
 #ifndef GPU
 // Defined in section 6: exp and tanh, the largest of n numbers, one thread's part of a matmul.
@@ -768,7 +792,7 @@ static void gelu_backward(Tensor y, Tensor x, int N, int C) {
 static void embedding_forward(Tensor out, const int *token, Tensor wte, Tensor wpe,
                               int B, int T, int C) {
   parallel_for (n, B*T) {
-    const real *token_row = wte.data + (long)token[n]*C, *position_row = wpe.data + n%T*C;
+    const real *token_row = wte.data + (long)token[n]*C, *position_row = wpe.data + (n % T)*C;
     real *out_n = out.data + n*C;
     for (int c = 0; c < C; c++) out_n[c] = token_row[c] + position_row[c];
   }
@@ -807,6 +831,7 @@ static void linear_backward(Tensor y, Tensor x, WeightBias p, int N, int C, int 
   matmul(rows_of(x.grad, C), dy, transpose(w), N, C, O, SET, NULL);
   // dw[c,o] += sum_n x[n,c] dy[n,o]
   matmul(rows_of(p.weight.grad, O), transpose(rows_of(x.data, C)), dy, C, O, N, ADD, NULL);
+  // (threads divide the elements of dw, never the sum over n: its order does not depend on them)
   // db[o] += sum_n dy[n,o]
   add_columns(p.bias.grad, y.grad, N, O);
 }
@@ -846,8 +871,8 @@ static void layernorm_forward(Tensor out, Tensor mean_rstd, Tensor x, WeightBias
 }
 
 static void layernorm_backward(Tensor out, Tensor mean_rstd, Tensor x, WeightBias p, int N, int C) {
-  // g = dout w; dx[n,c] += rstd (g - avg_c(g) - xhat avg_c(g xhat)). Shifting or scaling a row of x
-  // does not change out, so the gradient has no component in these two directions.
+  // g[n,c] = dout[n,c] w[c]; dx[n,c] += rstd (g - avg_c(g) - xhat avg_c(g xhat)). Shifting or
+  // scaling a row of x does not change out, so dx has no component in these two directions.
   parallel_for (n, N) {
     const real *x_n = x.data + n*C, *dout_n = out.grad + n*C, *w = p.weight.data;
     real *dx_n = x.grad + n*C, mean = mean_rstd.data[2*n], rstd = mean_rstd.data[2*n + 1];
@@ -924,7 +949,7 @@ static Head head_of(real *qkv, real *out, real *lse, long bh, int T, int C, int 
 }
 
 // The plain form: for each query a loop over the keys. The tiled form below gives the same.
-static real score(const real *q, const real *k, int D) {
+static real z_of(const real *q, const real *k, int D) {
   return SUM(real, d, D, q[d] * k[d]) / sqrt_(D);
 }
 
@@ -935,10 +960,10 @@ static void attention_plain_forward(Tensor out, Tensor lse, Tensor qkv, int B, i
     Head a = head_of(qkv.data, out.data, lse.data, bh, T, C, H);
     for (long t = 0; t < T; t++) {
       real max = -INFINITY, sum = 0, *out_t = a.out + t*C;
-      for (long s = 0; s <= t; s++) max = MAX(max, score(a.q + t*row, a.k + s*row, D));
+      for (long s = 0; s <= t; s++) max = MAX(max, z_of(a.q + t*row, a.k + s*row, D));
       for (int d = 0; d < D; d++) out_t[d] = 0;
       for (long s = 0; s <= t; s++) {
-        real weight = exp_(score(a.q + t*row, a.k + s*row, D) - max);   // att[t,s], but for the sum
+        real weight = exp_(z_of(a.q + t*row, a.k + s*row, D) - max);   // att[t,s] * sum
         for (int d = 0; d < D; d++) out_t[d] += weight * a.v[s*row + d];
         sum += weight;
       }
@@ -960,7 +985,7 @@ static void attention_plain_backward(Tensor out, Tensor lse, Tensor qkv, int B, 
       real dout_dot_out = SUM(real, d, D, g.out[t*C + d] * a.out[t*C + d]);
       for (long s = 0; s <= t; s++) {
         real datt = SUM(real, d, D, g.out[t*C + d] * a.v[s*row + d]);
-        real att = exp_(score(a.q + t*row, a.k + s*row, D) - a.lse[t]);
+        real att = exp_(z_of(a.q + t*row, a.k + s*row, D) - a.lse[t]);
         real dz = att * (datt - dout_dot_out) / sqrt_(D);
         for (int d = 0; d < D; d++) {
           g.v[s*row + d] += att * g.out[t*C + d];
@@ -972,22 +997,26 @@ static void attention_plain_backward(Tensor out, Tensor lse, Tensor qkv, int B, 
   }
 }
 
-// The tiled form computes SIDE x SIDE scores z at a time, as a matrix product, and goes through the
-// keys tile by tile (Milakov and Gimelshein 2018; Dao et al. 2022):
+// The tiled form computes SIDE x SIDE scores z at a time, as a matrix product:
 //
-//            keys 0..63   64..127   128..         a row's softmax over several tiles: keep the
-//   queries  +----------+                         maximum and the sum of exp(z - maximum) so far;
-//   0..63    | \        |                         if a later tile has a larger maximum, multiply
-//   64..127  | all seen | \        |              what was summed by exp(old - new maximum). After
-//   128..    | all seen | all seen | \            the last tile divide by the sum.
+//   keys       0..63   64..127  128..191
+//   queries  +-------+--------+---------+
+//   0..63    | \     |        |         |    On the diagonal a query sees the keys up to its own,
+//   64..127  |  all  | \      |         |    below it all of them. Tiles above are skipped.
+//   128..191 |  all  |  all   | \       |
+//            +-------+--------+---------+
+//
+// The softmax of a row goes over several tiles. So keep its maximum and its sum of exp(z - maximum)
+// so far; if a later tile has a larger maximum, multiply what was summed by exp(old - new maximum);
+// after the last tile divide by the sum (Milakov and Gimelshein 2018; Dao et al. 2022).
 enum { SIDE = 64 };
 
-// For one row of a tile: weight[s] = exp(weight[s] * scale - max), 0 from s = seen on. Returns the
-// sum. On entry weight[s] is q[t].k[s].
-static real softmax_weights(real *weight, int seen, int width, real max, real scale) {
-  for (int s = 0; s < seen; s++) weight[s] = exp_(weight[s] * scale - max);
-  for (int s = seen; s < width; s++) weight[s] = 0;
-  return SUM(real, s, width, weight[s]);
+// One row of a tile. On entry e[s] = q[t].k[s]; on return e[s] = exp(e[s] * scale - max), or 0 from
+// s = seen on. Returns their sum.
+static real exp_of_scores(real *e, int seen, int width, real max, real scale) {
+  for (int s = 0; s < seen; s++) e[s] = exp_(e[s] * scale - max);
+  for (int s = seen; s < width; s++) e[s] = 0;
+  return SUM(real, s, width, e[s]);
 }
 
 static void attention_forward(Tensor out, Tensor lse, Tensor qkv, int B, int T, int C, int H) {
@@ -999,7 +1028,7 @@ static void attention_forward(Tensor out, Tensor lse, Tensor qkv, int B, int T, 
     Head a = head_of(qkv.data, out.data, lse.data, bh, T, C, H);
     real att[SIDE*SIDE], max[SIDE], sum[SIDE];
     for (long i = 0; i < T; i += SIDE)           // queries from i on
-      for (long j = 0; j <= i; j += SIDE) {      // keys from j on; those after i are not seen
+      for (long j = 0; j <= i; j += SIDE) {      // keys from j on, up to the diagonal
         int rows = (int)MIN((long)SIDE, T - i), columns = (int)MIN((long)SIDE, T - j);
         Matrix q = rows_of(a.q + i*row, row), k = rows_of(a.k + j*row, row);
         Matrix v = rows_of(a.v + j*row, row), out_i = rows_of(a.out + i*C, C);
@@ -1014,7 +1043,7 @@ static void attention_forward(Tensor out, Tensor lse, Tensor qkv, int B, int T, 
             sum[t] *= rescale;
             max[t] = tile_max;
           }
-          sum[t] += softmax_weights(att + t*SIDE, seen, columns, max[t], scale);
+          sum[t] += exp_of_scores(att + t*SIDE, seen, columns, max[t], scale);
         }
         multiply(out_i, rows_of(att, SIDE), v, rows, D, columns, j > 0 ? ADD : SET, NULL);
         if (j < i) continue;
@@ -1047,7 +1076,7 @@ static void attention_backward(Tensor out, Tensor lse, Tensor qkv, int B, int T,
           real *att_t = att + t*SIDE, *dz_t = dz + t*SIDE;
           const real *out_t = a.out + (i + t)*C, *dout_t = dout.at + t*C;
           real dout_dot_out = SUM(real, d, D, dout_t[d] * out_t[d]);
-          softmax_weights(att_t, MIN(columns, i + t - j + 1), columns, a.lse[i + t], scale);
+          exp_of_scores(att_t, MIN(columns, i + t - j + 1), columns, a.lse[i + t], scale);
           for (int s = 0; s < columns; s++) dz_t[s] = att_t[s] * (dz_t[s] - dout_dot_out) * scale;
         }
         // The first tile that contributes to a row of dq, dk or dv sets it, later ones add. For
@@ -1063,8 +1092,8 @@ static void attention_backward(Tensor out, Tensor lse, Tensor qkv, int B, int T,
 }
 
 // ---- 6. Matmul, sums and exp ------------------------------------------------------------------
-// The matmul takes three quarters of the time of a training step, so it is written for speed; with
-// attention it is the only such place. First the six lines that it replaces, which compute the
+// The matmul takes three quarters of the time of a training step. It and attention are the only
+// code here that is written for speed. First the six lines that it replaces, which compute the
 // same:
 
 static void matmul_plain(Matrix c, Matrix a, Matrix b, int M, int N, int K, int mode,
@@ -1077,8 +1106,9 @@ static void matmul_plain(Matrix c, Matrix a, Matrix b, int M, int N, int K, int 
     }
 }
 
-// They load two numbers for each multiply-add, and if b is not transposed, each from another cache
-// line. Three steps make it fast. The picture is for 4 x 4 matrices, tiles of 2 x 2:
+// They load two numbers for each multiply-add and, unless b is transposed, each number of b from a
+// different cache line. Three steps make it fast. The picture is for 4 x 4 matrices and tiles of
+// 2 x 2:
 //
 //            panel 0   panel 1      packed: panel 0                    panel 1
 //            b00 b01 | b02 b03      b00 b01 b10 b11 b20 b21 b30 b31    b02 b03 b12 b13 ...
@@ -1090,15 +1120,18 @@ static void matmul_plain(Matrix c, Matrix a, Matrix b, int M, int N, int K, int 
 //   a10..a13 c10 c11   c12 c13        c10 += a1k * bk0, c11 += a1k * bk1
 //
 //   1. A tile of C stays in registers while k runs. Real tiles have ROWS rows and two vectors of
-//      columns: a step of k loads 2 vectors of B and ROWS numbers of A for 2*ROWS vector
-//      multiply-adds. (BLIS calls ROWS and COLUMNS MR and NR, and DEPTH KC.)
+//      columns. A step of k loads 2 vectors of B and ROWS numbers of A for 2*ROWS vector
+//      multiply-adds, so the more sums there are, the fewer loads each needs. Besides, a core can
+//      start two multiply-adds in a cycle but needs 4 cycles for each: 8 or more independent sums
+//      keep it busy. The limit is the number of registers; a tile of 12 x 2 uses 27 of 32, and one
+//      of 14 x 2, with 31, was not faster. (In BLIS: MR = ROWS, NR = COLUMNS, KC = DEPTH.)
 //   2. B is packed: a panel of DEPTH x COLUMNS numbers is copied so that they are consecutive in
 //      the order in which the tile reads them, whatever the strides of B. The panel stays in the
 //      core's cache while the tiles of all rows of A read it. A is read in place, unless it is
 //      transposed: then it is packed, too, in panels of ROWS rows.
 //   3. The blocks of C are distributed among the threads.
 //
-// Each element of C is the same sum in the same order, wherever the cuts are. vec is as wide as a
+// Each element of C is the same sum in the same order, wherever C is cut. vec is as wide as a
 // register of the machine: the compiler turns it into AVX-512, AVX2 or NEON.
 #if defined __AVX512F__
 enum { VECTOR_BYTES = 64, ROWS = 12 };   // of 32 registers: 12 x 2 sums, 2 of B, 1 of A
@@ -1116,7 +1149,7 @@ enum {
   DEPTH = 2048 / sizeof(real),           // 512 floats x 32 columns are 64 KB
   MAX_ROWS = 384,                        // of A in one multiply(): 384 x 512 floats are 768 KB
   CACHE_LINE = 64 / sizeof(real),
-  AHEAD = 4096 / sizeof(real)            // a panel is prefetched so far ahead
+  AHEAD = 4096 / sizeof(real)            // how far ahead a panel is prefetched, in numbers
 };
 #define UNROLL _Pragma("GCC unroll 16")  // keeps the sums of a tile in registers
 
@@ -1175,8 +1208,8 @@ static inline void tile_of(const int most, Matrix c, Matrix a, const real *panel
   }
 }
 
-// Two functions of their own on purpose: inlined into the loops of multiply(), GCC runs out of
-// registers and spills the sums. The second is for few rows, as in generate.c.
+// These are functions of their own on purpose: if they are inlined into the loops of multiply(),
+// GCC runs out of registers and spills the sums. The second is for few rows, as in generate.c.
 __attribute__((noinline))
 static void tile(Matrix c, Matrix a, const real *panel, int rows, int columns, int depth, int mode,
                  const real *bias) {
@@ -1189,8 +1222,8 @@ static void tile_few(Matrix c, Matrix a, const real *panel, int rows, int column
   tile_of(FEW, c, a, panel, rows, columns, depth, mode, bias);
 }
 
-// The matmul of one thread, M <= MAX_ROWS. If B has been packed before, panel j begins at
-// b.packed + j*K.
+// The matmul of one thread, M <= MAX_ROWS. If B has been packed before, the panel that starts at
+// column j is at b.packed + j*K.
 static void multiply(Matrix c, Matrix a, Matrix b, int M, int N, int K, int mode,
                      const real *bias) {
   static __thread real a_panels[MAX_ROWS * DEPTH] __attribute__((aligned(64)));
@@ -1300,13 +1333,13 @@ static void squared_norm(double *result, double *partial, const real *x, long n)
 // polynomial (Cephes). For x = 3: n = 4, r = 0.2274, exp(r) = 1.2553, times 2^4 = 20.085. The bits
 // of a float are sign, exponent + 127, fraction: so n + 127, shifted to the exponent, is 2^n. x is
 // clamped to -87 .. 88, where 2^n exists; the clamps compare integers, since GCC does not vectorise
-// those of floats here. A NaN becomes a number: losses are checked for NaN elsewhere.
+// those of floats here. A NaN becomes a number; update() finds NaN in the loss or in the gradient.
 static inline real exp_(real x) {
   if (sizeof(real) == sizeof(double)) return (real)exp((double)x);
   float y = (float)x;
   uint32_t bits;
   memcpy(&bits, &y, 4);
-  bits = bits > 0xc2ae0000u ? 0xc2ae0000u : bits;     // -87: as unsigned, below it is larger
+  bits = bits > 0xc2ae0000u ? 0xc2ae0000u : bits;     // -87; as unsigned, smaller floats are larger
   int32_t signed_bits = (int32_t)bits;
   signed_bits = signed_bits > 0x42b00000 ? 0x42b00000 : signed_bits;   // 88
   memcpy(&y, &signed_bits, 4);
@@ -1410,7 +1443,7 @@ static void copy_out(void *host, const void *device, size_t bytes) { memcpy(host
 #define PROGRAM "train"
 #endif
 static const char *program = PROGRAM;            // the name in its messages
-static int line_is_open;                         // of show(), which a message must not continue
+static int line_is_open;                         // by show(): a message must start on a new line
 
 static void die(const char *format, ...) {
   va_list args;
@@ -1543,7 +1576,7 @@ static void load_micro_batch(Model *m, long index) {
 
 // The mean loss over all consecutive windows in bytes begin..end-1. A last window that is not full
 // is dropped; there must be one that is.
-static Score evaluate(Model *m, long begin, long end) {
+static Evaluation evaluate(Model *m, long begin, long end) {
   int T = opt.config.block_size, at_once = m->max_tokens / T;
   long windows = (end - begin - 1) / T, *start = (long *)host_alloc(NULL, at_once * sizeof(long));
   MicroBatch batch = {m, 0, T, 0};
@@ -1560,14 +1593,15 @@ static Score evaluate(Model *m, long begin, long end) {
   }
   free(start);
   copy_out(&sums, m->sums, sizeof sums);
-  Score score = {sums.loss / tokens, sums.correct / tokens};
-  return score;
+  Evaluation result = {sums.loss / tokens, sums.correct / tokens};
+  return result;
 }
 
 // ---- 9. Checkpoint ----------------------------------------------------------------------------
 // The folder of a run has model.safetensors and config.json, which Hugging Face opens, and
-// state.safetensors, which has all that --resume needs. That file is written first: its rename is
-// the moment of a save, and the others are derived from it.
+// state.safetensors, which has all that --resume needs. Of the three, that one is written first:
+// its rename is the moment of a save, and the others are derived from it. Besides, there are
+// log.csv and loss.svg (section 10), and .lock, an empty file. generate.c reads only the first two.
 
 // An option is a row of the table in section 11; name is NULL after the last one. Sizes of the
 // model have a json name: their key in config.json.
@@ -1972,7 +2006,7 @@ static const char *const part_prefix[] = {"transformer.", "m.", "v."};
 static void write_parts(const Trainer *t, const char *file_name, int parts,
                         void (*write_metadata)(FILE *)) {
   const Model *m = &t->model;
-  const real *base[] = {m->weights.data, t->m, t->v};
+  const real *base[] = {m->weights.data, t->moment_m, t->moment_v};
   int n = m->n_parameters;
   NamedTensor *list = (NamedTensor *)host_alloc(NULL, parts*n * sizeof(NamedTensor));
   for (int i = 0; i < parts*n; i++) {
@@ -2060,7 +2094,7 @@ static void resume(Trainer *t, Safetensors *st) {
   t->updates = strtol(step, &end, 10);
   if (end == step || *end || t->updates < 0 || t->updates >= 1000000000)
     die("%s: its step is %.40s, expected a whole number below 1e9", st->path, step);
-  real *part[] = {t->model.weights.data, t->m, t->v};
+  real *part[] = {t->model.weights.data, t->moment_m, t->moment_v};
   for (int i = 0; i < 3; i++) read_parameters(&t->model, st, part_prefix[i], part[i]);
   safetensors_close(st);
   read_log(t);
@@ -2092,7 +2126,7 @@ static LogRow *add_log_row(const Trainer *t) {
 static void log_update(const Trainer *t) {
   LogRow *r = add_log_row(t);
   r->x[TRAIN_LOSS] = t->loss; r->x[TRAIN_ACCURACY] = t->accuracy; r->x[GRAD_NORM] = t->grad_norm;
-  r->x[LEARNING_RATE] = t->optimizer.learning_rate; r->x[STEP_SECONDS] = t->step_seconds;
+  r->x[LEARNING_RATE] = t->config.learning_rate; r->x[STEP_SECONDS] = t->step_seconds;
 }
 
 static void log_evaluation(const Trainer *t) {   // in the row of the last update
@@ -2151,66 +2185,69 @@ static void svg_text(FILE *f, double x, double y, const char *style, const char 
   va_end(args);
 }
 
-// A curve in the coordinates of the data: each point is the mean of `every` losses of a trainer.
-static void svg_curve(FILE *f, int which, int val, long every, const char *style) {
+// loss.svg: training (thin) and validation loss of each trainer over the tokens seen, and the
+// floor.
+enum { LEFT = 64, RIGHT = 700, TOP = 44, BOTTOM = 444, LINES = 5 };   // pixels; grid lines
+static struct { double x1, y0, y1; } axes;       // x from 0 to x1, y from y0 to y1
+
+static double plot_x(double x) { return LEFT + x / axes.x1 * (RIGHT - LEFT); }
+static double plot_y(double y) {
+  return BOTTOM - (y - axes.y0) / (axes.y1 - axes.y0) * (BOTTOM - TOP);
+}
+
+// A curve: each point is the mean of `every` losses of a trainer.
+static void svg_curve(FILE *f, int which, int column, long every, const char *style) {
   double sum = 0;
   long n = 0;
-  fprintf(f, "<polyline %s points=\"", style);
+  fprintf(f, "<polyline fill=\"none\" %s points=\"", style);
   for (LogRow *r = log_row; r < log_row + log_rows; r++) {
-    double loss = r->x[val ? VAL_LOSS : TRAIN_LOSS];
-    if (r->trainer != which || !isfinite(loss)) continue;
-    sum += loss;
+    if (r->trainer != which || !isfinite(r->x[column])) continue;
+    sum += r->x[column];
     if (++n % every) continue;
-    fprintf(f, "%.0f,%.4f ", r->x[TOKENS], sum / every);
+    fprintf(f, "%.1f,%.1f ", plot_x(r->x[TOKENS]), plot_y(sum / every));
     sum = 0;
   }
   fprintf(f, "\"/>\n");
 }
 
-// loss.svg: training (thin) and validation loss of each trainer over the tokens seen, and the
-// floor.
 static void write_plot(void) {
   static const char *const color[] = {"#1f77b4", "#d1495b"};
-  enum { LEFT = 64, RIGHT = 700, TOP = 44, BOTTOM = 444, LINES = 5 };   // pixels; grid lines
-  double x1 = 1, y0 = text.floor, y1 = -INFINITY;
+  axes.x1 = 1; axes.y0 = text.floor; axes.y1 = -INFINITY;
   for (LogRow *r = log_row; r < log_row + log_rows; r++) {     // fmin and fmax ignore NaN
-    x1 = fmax(x1, r->x[TOKENS]);
-    y0 = fmin(y0, fmin(r->x[TRAIN_LOSS], r->x[VAL_LOSS]));
-    y1 = fmax(y1, fmax(r->x[TRAIN_LOSS], r->x[VAL_LOSS]));
+    axes.x1 = fmax(axes.x1, r->x[TOKENS]);
+    axes.y0 = fmin(axes.y0, fmin(r->x[TRAIN_LOSS], r->x[VAL_LOSS]));
+    axes.y1 = fmax(axes.y1, fmax(r->x[TRAIN_LOSS], r->x[VAL_LOSS]));
   }
-  if (!isfinite(y1) || !isfinite(y0)) return;                  // there is nothing to draw
-  y0 = floor(2*y0) / 2; y1 = floor(2*y1 + 1) / 2;
+  if (!isfinite(axes.y1)) return;                              // there is nothing to draw
+  axes.y0 = floor(2 * axes.y0) / 2; axes.y1 = floor(2 * axes.y1 + 1) / 2;
   FILE *f = output_open(opt.out, "loss.svg");
   svg_begin(f, 880, 500);
   svg_text(f, LEFT, 26, "font-size=\"16\"", "loss in nats per token: %d layers, %d heads, %d "
            "channels, context %d, %s", opt.config.n_layer, opt.config.n_head, opt.config.n_embd,
            opt.config.block_size, opt.optimizer);
   for (int i = 0; i <= LINES; i++) {
-    double y = BOTTOM - i * (BOTTOM - TOP) / LINES;
-    fprintf(f, "<path d=\"M%d %.1fH%d\" stroke=\"#ddd\"/>\n", LEFT, y, RIGHT);
-    svg_text(f, LEFT - 8, y + 4, "text-anchor=\"end\"", "%.2f", y0 + i * (y1 - y0) / LINES);
-    svg_text(f, LEFT + i * (RIGHT - LEFT) / LINES, BOTTOM + 20, "text-anchor=\"middle\"",
-             i < LINES ? "%.0f" : "%.0f tokens", i * x1 / LINES);
+    double x = axes.x1 * i / LINES, y = axes.y0 + (axes.y1 - axes.y0) * i / LINES;
+    fprintf(f, "<path d=\"M%d %.1fH%d\" stroke=\"#ddd\"/>\n", LEFT, plot_y(y), RIGHT);
+    svg_text(f, LEFT - 8, plot_y(y) + 4, "text-anchor=\"end\"", "%.2f", y);
+    svg_text(f, plot_x(x), BOTTOM + 20, "text-anchor=\"middle\"", i < LINES ? "%.0f"
+             : "%.0f tokens", x);
   }
-  double sx = (RIGHT - LEFT) / x1, sy = (BOTTOM - TOP) / (y1 - y0);
-  fprintf(f, "<style>polyline { vector-effect: non-scaling-stroke; fill: none }</style>\n"
-          "<g transform=\"matrix(%g 0 0 %g %d %g)\">\n", sx, -sy, LEFT, BOTTOM + sy * y0);
-  if (isfinite(text.floor))
-    fprintf(f, "<polyline stroke=\"#555\" stroke-dasharray=\"5 4\" points=\"0,%g %g,%g\"/>\n",
-            text.floor, x1, text.floor);
+  if (isfinite(text.floor)) {
+    double y = plot_y(text.floor);
+    fprintf(f, "<path d=\"M%d %.1fH%d\" stroke=\"#555\" stroke-dasharray=\"5 4\"/>\n", LEFT, y,
+            RIGHT);
+    svg_text(f, RIGHT + 8, y + 4, "", "floor %.3f", text.floor);
+  }
   for (int i = 0; i < n_trainers; i++) {
     char style[80];
     snprintf(style, sizeof style, "stroke=\"%s\" opacity=\"0.5\"", color[i]);
-    svg_curve(f, i, 0, log_rows / 500 + 1, style);
+    svg_curve(f, i, TRAIN_LOSS, log_rows / 500 + 1, style);
     snprintf(style, sizeof style, "stroke=\"%s\" stroke-width=\"3\"", color[i]);
-    svg_curve(f, i, 1, 1, style);
+    svg_curve(f, i, VAL_LOSS, 1, style);
+    snprintf(style, sizeof style, "fill=\"%s\" font-weight=\"bold\"", color[i]);
+    svg_text(f, RIGHT + 8, TOP + 10 + 36*i, style, "%s", trainer[i].name);
+    svg_text(f, RIGHT + 8, TOP + 26 + 36*i, style, "validation %.3f", trainer[i].val.loss);
   }
-  fprintf(f, "</g>\n");
-  if (isfinite(text.floor))
-    svg_text(f, RIGHT + 8, BOTTOM - sy * (text.floor - y0) + 4, "", "floor %.3f", text.floor);
-  for (int i = 0; i < n_trainers; i++)
-    fprintf(f, "<text x=\"%d\" y=\"%d\" fill=\"%s\" font-weight=\"bold\">%s: validation %.3f</text>"
-            "\n", RIGHT + 8, TOP + 14 + 20*i, color[i], trainer[i].name, trainer[i].val.loss);
   fprintf(f, "</svg>\n");
   output_close();
 }
@@ -2464,15 +2501,15 @@ Option train_options[] = {
   WORD(opt, optimizer, "adamw", FIXED, ""),
   SIZE(vocab_size, "vocab_size", "256", 1, 1e7,
        "vocabulary entries; more than 256 only to time a larger head"),
-  NUM(opt, learning_rate, NULL, 0, 1e6, IN_STATE, "the highest; default: the optimizer's, above"),
+  NUM(opt, learning_rate, NULL, 0, 1e6, IN_STATE, "the highest; default: that of the optimizer"),
   NUM(opt, min_lr, NULL, 0, 1e6, IN_STATE, "at the end of the cosine; default: a tenth of that"),
   INT(opt, warmup, "100", 0, 1e9, IN_STATE, "updates of linear warmup"),
   NUM(opt, weight_decay, "0.1", 0, 1e3, IN_STATE, "for matrices only"),
-  NUM(opt, beta1, "0.9", 0, 0.999999, IN_STATE, "decay of m: momentum, adam, adamw"),
-  NUM(opt, beta2, "0.99", 0, 0.999999, IN_STATE, "decay of v: rmsprop, adadelta, adam, adamw"),
+  NUM(opt, beta1, "0.9", 0, 0.999999, IN_STATE, "decay of the optimizer's m"),
+  NUM(opt, beta2, "0.99", 0, 0.999999, IN_STATE, "decay of the optimizer's v"),
   NUM(opt, grad_clip, "1.0", 0, 1e9, IN_STATE, "largest norm of the gradient; 0: no limit"),
   INT(opt, eval_interval, "250", 0, 1e9, IN_STATE,
-      "updates between evaluations, each with a sample and a save; 0: save at the end only"),
+      "updates between evaluations, each with a save; 0: only save, at the end"),
   INT(opt, seed, "1337", 0, 2147483647, IN_STATE, "of the initial weights and the batches"),
   INT(opt, threads, NULL, 1, 1024, 0, "default: all cores"),
   WORD(opt, precision, "fp32", IN_STATE, "of matmul: fp32; on a GPU also tf32"),
@@ -2622,8 +2659,8 @@ static void open_trainers(Safetensors *state) {
     if (state) read_parameters(m, state, "transformer.", NULL);   // are they there?
     if (opt.init) model_load(m, opt.init);
     else model_allocate(m);
-    t->m = (real *)device_alloc(m->n_weights * sizeof(real));
-    t->v = (real *)device_alloc(m->n_weights * sizeof(real));
+    t->moment_m = (real *)device_alloc(m->n_weights * sizeof(real));
+    t->moment_v = (real *)device_alloc(m->n_weights * sizeof(real));
     if (!opt.init && !state) model_init(m, opt.seed);
   }
   if (state) resume(&trainer[0], state);
@@ -2637,12 +2674,12 @@ static void evaluate_text(void) {
   device_precision(opt.precision);
   model_layout(&m, opt.config, opt.batch_size * opt.config.block_size, 0, 0);
   model_load(&m, opt.out);
-  Score score = evaluate(&m, 0, text.size);
+  Evaluation e = evaluate(&m, 0, text.size);
   show(NULL);
-  if (!isfinite(score.loss)) die("the loss is %g: are the weights damaged?", score.loss);
+  if (!isfinite(e.loss)) die("the loss is %g: are the weights damaged?", e.loss);
   printf("text %s: %ld windows of %d tokens\nperplexity %.4f\nbits per byte %.6f\naccuracy %.4f\n"
          "loss %.6f\n", text.path, (text.size - 1) / opt.config.block_size, opt.config.block_size,
-         exp(score.loss), score.loss / log(2), score.accuracy, score.loss);
+         exp(e.loss), e.loss / log(2), e.accuracy, e.loss);
 }
 
 static const char USAGE[] =

@@ -16,8 +16,9 @@
 //     of 32 bytes, and a load of a warp takes as long as the number of sectors that it touches. So
 //     the index that is consecutive in memory is the lane.
 //   - What many threads of a CUDA block need, one of them copies to shared memory, which is as fast
-//     as a cache. __syncthreads() waits for all threads of the block: between writing there and
-//     another thread's reading, and between reading and the next writing. Each one here says which.
+//     as a cache. __syncthreads() waits for all threads of the block. It is needed after a write
+//     before another thread reads, and after a read before the next write; a comment at each one
+//     here says which.
 //   - No atomic additions of floats: CUDA blocks finish in any order, and a sum in another order is
 //     rounded differently. A sum is cut into fixed parts, which are added in a fixed order, so that
 //     a run can be repeated bit for bit.
@@ -33,7 +34,7 @@
 #define DEVICE __host__ __device__
 #ifdef __CUDACC__
 #pragma nv_diag_suppress 177             // functions of train.c that this program does not call
-#define UNROLL _Pragma("unroll")         // keeps arrays in registers: those cannot be indexed
+#define UNROLL _Pragma("unroll")         // for arrays in registers, which cannot be indexed
 #define UNROLL_4 _Pragma("unroll 4")
 #else
 #define UNROLL
@@ -129,7 +130,7 @@ static __device__ real block_max(real x) {   // once in a kernel, like block_sum
   return x;
 }
 
-// expf is exact to 2 units in the last place
+// expf is accurate to within 2 units in the last place.
 static __device__ __forceinline__ real exp_(real x) {
   return sizeof(real) == sizeof(float) ? (real)expf((float)x) : (real)exp((double)x);
 }
@@ -143,13 +144,14 @@ static __device__ __forceinline__ real tanh_(real u) { return 1 - 2 / (exp_(2*u)
 static __global__ void optimizer_step_kernel(Tensor w, real *m, real *v, long begin, long end,
                                              OptimizerConfig o, const LossSums *sums) {
   __shared__ real clip;
-  if (threadIdx.x == 0) clip = clip_factor(sums->grad_norm2, o.grad_clip);
-  __syncthreads();                       // clip has been written; a square root in double is slow
+  if (threadIdx.x == 0)                  // one thread: a square root in double is slow
+    clip = clip_factor(sums->grad_norm2, o.grad_clip);
+  __syncthreads();                       // clip has been written
   long i = begin + FIRST_OF_FOUR, n = end - i;
   Float4 w4 = load4(w.data + i, n), g4 = load4(w.grad + i, n);
   Float4 m4 = load4(m + i, n), v4 = load4(v + i, n);
   UNROLL for (int j = 0; j < 4; j++)
-    update_weight(o.optimizer, &w4.at[j], clip * g4.at[j], &m4.at[j], &v4.at[j], o);
+    update_weight(o.kind, &w4.at[j], clip * g4.at[j], &m4.at[j], &v4.at[j], o);
   store4(w.data + i, n, w4);
   store4(m + i, n, m4);
   store4(v + i, n, v4);
@@ -225,7 +227,7 @@ static __global__ void embedding_forward_kernel(real *out, const int *token, con
                                                 const real *wpe, int N, int T, int C) {
   long n = ROW_OF_WARP;
   if (n >= N) return;
-  const real *token_row = wte + (long)token[n]*C, *position_row = wpe + n%T*C;
+  const real *token_row = wte + (long)token[n]*C, *position_row = wpe + (n % T)*C;
   for (int c = threadIdx.x % 32; c < C; c += 32) out[n*C + c] = token_row[c] + position_row[c];
 }
 
@@ -316,8 +318,8 @@ static void layernorm_forward(Tensor out, Tensor mean_rstd, Tensor x, WeightBias
       out.data, mean_rstd.data, x.data, p.weight.data, p.bias.data, N, C));
 }
 
-// g = dout w; dx[n,c] += rstd (g - avg_c(g) - xhat avg_c(g xhat)). Shifting or scaling a row of x
-// does not change out, so the gradient has no component in these two directions.
+// g[n,c] = dout[n,c] w[c]; dx[n,c] += rstd (g - avg_c(g) - xhat avg_c(g xhat)). Shifting or scaling
+// a row of x does not change out, so dx has no component in these two directions.
 static __global__ void layernorm_backward_x(real *dx, const real *dout, const real *mean_rstd,
                                             const real *x, const real *w, int N, int C) {
   long n = ROW_OF_WARP;
@@ -540,7 +542,7 @@ static __global__ void __launch_bounds__(SIDE_THREADS)
 attention_forward_kernel(real *out, real *lse, const real *qkv, int T, int C, int H) {
   __shared__ __align__(16) real x_tile[SIDE*ROW], y_tile[SIDE*ROW];
   int D = C / H, b = blockIdx.x / H, h = blockIdx.x % H, d0 = blockIdx.z * SIDE;
-  int i = (gridDim.y - 1 - blockIdx.y) * SIDE;   // the last queries see most keys: they go first
+  int i = (gridDim.y - 1 - blockIdx.y) * SIDE;   // the last queries see most keys, so they are first
   long row = 3l*C;
   const real *q = qkv + b*T*row + h*D, *k = q + C, *v = k + C;
   real scale = 1 / sqrt_(D), z[8][4], o[8][4] = {{0}}, max[8], sum[8];
@@ -715,13 +717,14 @@ static __global__ void matmul_plain(Product p) {
 enum {
   BIG = WARPS == 8 ? 16 : 8,             // side: a tile has 8*side rows and columns, its CUDA block
                                          //   side*side threads
-  DEPTH = 8,                             // k in a step; on tensor cores, which need less time for
-  DEEP = sizeof(real) == sizeof(float) ? BIG : 8,   // a step, DEEP
+  DEPTH = 8,                             // numbers of k in a step
+  DEEP = sizeof(real) == sizeof(float) ? BIG : 8,   // the same for tensor cores, which multiply a
+                                         //   step in less time
   MAX_FOURS = 2                          // Float4 that a thread copies of each operand in a step
 };
 
-// A tensor core sees a float as tf32: 8 bits of exponent, 10 of fraction. Rounded to nearest, or
-// the hardware would cut off the rest, always towards zero.
+// A tensor core sees a float as tf32: 8 bits of exponent, 10 of fraction. We round to nearest,
+// since the hardware would cut off the other bits, always towards zero.
 static __device__ __forceinline__ real round_tf32(real x) {
 #if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 800
   uint32_t bits;
@@ -772,7 +775,7 @@ static __device__ __forceinline__ void place_of(int l, int side, int depth, long
 }
 
 // From device memory to registers. A tile has 8*side lines of `depth` numbers, so each of the
-// side*side threads copies 2*depth/side Float4: with l from there on, the loop ends.
+// side*side threads copies 2*depth/side Float4; the loop ends at this l.
 static __device__ __forceinline__ void fetch(Float4 *four, int side, int depth, Matrix m, int lines,
                                              int K, int line0, int k0) {
   UNROLL for (int l = 0; l < MAX_FOURS; l++) {
@@ -891,8 +894,9 @@ static __device__ __forceinline__ void matmul_tile(const int side, const int dep
     }
 }
 
-// The second launch bound is the number of CUDA blocks that should fit on a multiprocessor at once;
-// it limits the registers of a thread. While one block waits at its barrier, another one computes.
+// The second launch bound is the number of CUDA blocks that must fit on a multiprocessor at once.
+// It limits the registers of a thread: 65536 / 2 blocks / 256 threads = 128, or 65536 / 6 / 64 =
+// 168. While one block waits at its barrier, another one computes.
 #define MATMUL_KERNEL(name, side, depth, tf32)                                              \
   static __global__ void __launch_bounds__((side)*(side), (side) == 16 ? 2 : 6)             \
   name(Product p) {                                                                         \
@@ -921,9 +925,10 @@ static void add_slices(Matrix c, const real *part, int M, int N, int slices, int
       c, part, M, N, slices, mode, bias));
 }
 
-// How many slices? A multiprocessor runs two CUDA blocks of big tiles at once, or eight of small
-// ones; a slice should be at least 256 long, since its sums are written and read again. Big tiles
-// are used if they and their slices give every multiprocessor one.
+// How many slices? A multiprocessor runs two CUDA blocks of big tiles at once, or six of small ones
+// (four are enough to keep it busy); a slice should be at least 256 long, since its sums are
+// written and read again. Big tiles are used if they and their slices give each multiprocessor at
+// least one.
 static void matmul(Matrix c, Matrix a, Matrix b, int M, int N, int K, int mode, const real *bias) {
   Product p = {c, a, b, 0, M, N, K, K, mode, bias};
   long big = (long)blocks(M, 8*BIG) * blocks(N, 8*BIG), small = big * (BIG/8)*(BIG/8);
@@ -1010,9 +1015,10 @@ static void squared_norm(double *result, double *partial, const real *x, long n)
 
 // ---- 7. Device memory and launches ------------------------------------------------------------
 
-// copy_in() returns at once, and the caller may change its memory. So small copies, the tokens of a
-// micro-batch, are first put into slots of "pinned" memory, which the GPU can read by itself; the
-// CPU then is ahead of the GPU by up to SLOTS copies.
+// After copy_in() the caller may change its memory. So a small copy, like the tokens of a
+// micro-batch, first goes to a slot of "pinned" memory, which the GPU can read by itself, and
+// copy_in() returns at once: the CPU can be ahead of the GPU by up to SLOTS copies. A large copy
+// waits until it is done.
 enum { SLOTS = 16, SLOT_BYTES = 256 << 10 };
 static struct { void *memory; cudaEvent_t sent; } slot[SLOTS];
 
@@ -1060,8 +1066,8 @@ static void launch(void (*work)(void *), void *argument) { work(argument); }
 
 // A training step of a small model is a hundred kernels of a few microseconds each, and launching a
 // kernel costs the CPU as much. So when the same work with the same argument comes a second time,
-// its kernels are recorded as a graph; from the third time on one call replays them all. (The first
-// time is not recorded, since only then the driver loads the kernels.)
+// its kernels are recorded as a graph, which is then launched, this time and each time after, in
+// one call. (The first time is not recorded, because the driver loads the kernels then.)
 enum { RECORDINGS = 8, ARGUMENT_BYTES = 64 };
 static struct Recording {
   void (*work)(void *);

@@ -147,7 +147,7 @@ check "--tokens 1.5" refuses "whole number" go --tokens 1.5
 check "--tokens 10000000 --samples 256" refuses "lower" sh -c \
   'ulimit -v 3000000 || exec echo "cannot be lower here"
    "$0" run --tokens 10000000 --samples 256' "$generate"
-check "--greedy --beam 3" refuses "leave one out" go --greedy --beam 3
+check "--greedy --beam 3" refuses "only one" go --greedy --beam 3
 check "--samples 2 --beam 3" refuses "one text" go --samples 2 --beam 3
 check "--score of one byte" refuses "two bytes or more" go --score a
 check "--score of nothing" refuses "two bytes or more" go --score ""
