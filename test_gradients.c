@@ -2,7 +2,7 @@
 // does.
 //
 // A derivative is a limit, so a program can measure it: move one number x by h, and see how far the
-// loss f moves. That needs no calculus, and nothing of how backward computes its answer:
+// loss f moves. That needs no calculus, and no knowledge of how backward computes its answer:
 //
 //   df/dx = (8 (f(x+h) - f(x-h)) - (f(x+2h) - f(x-2h))) / (12 h), with errors of the order of h^4
 //   and of (rounding error) / h
@@ -1200,36 +1200,6 @@ static void check_accumulation(void) {
          "%.1e from that of its micro-batches alone", apart);
 }
 
-// ---- b. Wrong recipes
-
-enum Recipe {   // how micro-batches become an update; all but the first are mistakes people made
-  SUM_OF_TOKENS, MEAN_OF_MEANS, NOT_DIVIDED, NOT_ZEROED, CLIP_EACH, COUNT_EACH, N_RECIPES
-};
-
-static void clip_each(Model *m, double *sum, double limit) {   // adds this gradient, clipped
-  double *own = new_doubles(m->count);
-  get_parameters(own, m, m->weights.grad);
-  double norm = norm_of(own, m->count), factor = norm > limit ? limit / norm : 1;
-  for (long i = 0; i < m->count; i++) sum[i] += factor * own[i];
-  launch(zero_gradients, m);
-  free(own);
-}
-
-static void accumulate(Trainer *t, const Piece *piece, int n, enum Recipe recipe) {
-  Model *m = &t->model;
-  double tokens = 0, *sum = new_doubles(m->count);
-  for (int k = 0; k < n; k++) tokens += piece[k].B * piece[k].T;
-  if (recipe != NOT_ZEROED || t->updates == 0) launch(zero_gradients, m);
-  for (int k = 0; k < n; k++) {
-    double own = piece[k].B * piece[k].T;
-    run_piece(m, piece[k], recipe == MEAN_OF_MEANS ? 1 / (own * n) : recipe == NOT_DIVIDED ? 1 / own
-                                                                   : 1 / tokens);
-    if (recipe == CLIP_EACH) clip_each(m, sum, opt.grad_clip / n);
-  }
-  if (recipe == CLIP_EACH) put_parameters(sum, m, m->weights.grad);
-  free(sum);
-}
-
 static void apply(Trainer *t, int optimizer, double rate, int counted) {
   long updates = t->updates;
   opt.optimizer = optimizers[optimizer].name;
@@ -1240,149 +1210,7 @@ static void apply(Trainer *t, int optimizer, double rate, int counted) {
   t->updates = updates + 1;
 }
 
-// The change of the weights over 2 updates from 4 unequal pieces each; alone: the same sequences,
-// but each is a piece by itself.
-static double *unequal_pieces(Trainer *t, enum Recipe recipe, int optimizer, int alone) {
-  static const Piece pieces[2][4] = {{{5, 7, 0}, {1, 7, 35}, {2, 3, 42}, {1, 2, 48}},
-                                     {{3, 7, 50}, {1, 2, 71}, {1, 7, 73}, {4, 3, 80}}};
-  double *change = new_doubles(t->model.count), *first = random_parameters(&t->model);
-  reset(t);
-  for (int u = 0; u < 2; u++) {
-    Piece split[MAX_PIECES];
-    int n = 0;
-    for (int k = 0; k < 4; k++)
-      for (int b = 0; b < pieces[u][k].B; b++) {
-        Piece p = {1, pieces[u][k].T, pieces[u][k].at + b * pieces[u][k].T};
-        split[n++] = p;
-      }
-    accumulate(t, alone ? split : pieces[u], alone ? n : 4, recipe);
-    apply(t, optimizer, optimizers[optimizer].learning_rate,
-          recipe == COUNT_EACH ? (u + 1)*4 - 1 : u);
-  }
-  get_parameters(change, &t->model, t->model.weights.data);
-  for (long i = 0; i < t->model.count; i++) change[i] -= first[i];
-  free(first);
-  return change;
-}
-
-static void check_recipes(void) {
-  static const char *what[N_RECIPES] = {
-    "a sum over tokens / all tokens of the update", "mean of the micro-batches' means",
-    "means added, not divided by their number", "gradients not zeroed after the first update",
-    "each micro-batch clipped, not the sum", "Adam's update counted per micro-batch"};
-  Trainer *t = new_trainer(TINY, 0);
-  printf("\nb: wrong recipes. 2 updates, each of 4 unequal micro-batches (5x7, 1x7, 2x3, ...):\n"
-         "how far is the change of the weights from the right one, and at what angle?\n"
-         "%-46s %-8s %-10s %-8s %s\n", "", "SGD", "angle", "AdamW", "angle");
-  for (int recipe = -1; recipe < N_RECIPES; recipe++) {
-    const int optimizer[] = {sgd, adamw};
-    double off[2], turned[2];
-    opt.weight_decay = 0;
-    opt.grad_clip = recipe == CLIP_EACH ? 0.5 : 0;
-    for (int i = 0; i < 2; i++) {
-      double *x = unequal_pieces(t, (enum Recipe)MAX(0, recipe), optimizer[i], recipe < 0);
-      double *y = unequal_pieces(t, SUM_OF_TOKENS, optimizer[i], 0);
-      off[i] = distance(x, y, t->model.count);
-      turned[i] = angle(x, y, t->model.count);
-      free(x); free(y);
-    }
-    int right = recipe <= SUM_OF_TOKENS;
-    int ok = right ? off[0] < 1e-12 && off[1] < 1e-9 : MAX(off[0], off[1]) > 0.01;
-    const char *name = recipe < 0 ? "right: all 18 sequences one by one" : what[recipe];
-    printf("%-46s %-8.1e %5.1f deg  %-8.1e %5.1f deg  %s\n", name, off[0], turned[0], off[1],
-           turned[1], ok ? right ? "ok" : "wrong, as it should be" : "FAIL");
-    count_verdict(ok, "recipe", name);
-  }
-}
-
-// ---- c. Step by step, and d. the ladder
-
-// PIECES single steps, or one accumulated step with PIECES times the rate. Fills a row for each
-// micro-batch; returns the change of the weights.
-typedef struct { double loss, norm, change; } StepRow;
-static double *steps(Trainer *t, int optimizer, double rate, int single, StepRow *row) {
-  Model *m = &t->model;
-  double *first = random_parameters(m), *last = random_parameters(m), *now = new_doubles(m->count);
-  reset(t);
-  opt.weight_decay = opt.grad_clip = 0;
-  launch(zero_gradients, m);
-  for (int k = 0; k < PIECES; k++) {
-    Piece piece = {PIECE_B, PIECE_T, k * PIECE_B * PIECE_T};
-    double tokens = PIECE_B * PIECE_T * (single ? 1 : PIECES);
-    if (single) launch(zero_gradients, m);
-    run_piece(m, piece, 1 / tokens);
-    row[k].loss = mean_loss(m, PIECE_B * PIECE_T);
-    get_parameters(now, m, m->weights.grad);
-    row[k].norm = norm_of(now, m->count);
-    if (single) apply(t, optimizer, rate, k);
-    else if (k == PIECES - 1) apply(t, optimizer, rate * PIECES, 0);
-    get_parameters(now, m, m->weights.data);
-    for (long i = 0; i < m->count; i++) last[i] = now[i] - last[i];
-    row[k].change = norm_of(last, m->count);
-    memcpy(last, now, m->count * sizeof(double));
-  }
-  for (long i = 0; i < m->count; i++) now[i] -= first[i];
-  free(first); free(last);
-  return now;
-}
-
-static void show_steps(Trainer *t, int optimizer) {
-  double rate = optimizers[optimizer].learning_rate;
-  long n = t->model.count;
-  StepRow one[PIECES], all[PIECES];
-  double *x = steps(t, optimizer, rate, 1, one), *y = steps(t, optimizer, rate, 0, all);
-  printf("%s: learning rate %-8g          | learning rate %g x %d\n", optimizers[optimizer].name,
-         rate, rate, PIECES);
-  printf("  micro-batch   loss  |gradient|  |change|  |   loss  |gradient so far|  |change|\n");
-  for (int k = 0; k < PIECES; k++)
-    printf("  %-11d %6.3f  %10.4f  %8.4f  | %6.3f  %17.4f  %8.4f\n", k + 1, one[k].loss,
-           one[k].norm, one[k].change, all[k].loss, all[k].norm, all[k].change);
-  printf("  in total                        %8.4f  |                            %8.4f, %.1f degrees"
-         " apart\n", norm_of(x, n), norm_of(y, n), angle(x, y, n));
-  free(x); free(y);
-}
-
-static void show_all_steps(Trainer *t) {
-  printf("\nc: step by step. Left: %d updates, one after each micro-batch; right: their gradients\n"
-         "added, then one update with %d times the rate: all see the weights of the start.\n",
-         PIECES, PIECES);
-  show_steps(t, sgd);
-  show_steps(t, adamw);
-  printf("every optimizer: |change| of %d steps, of one, and the angle between them\n", PIECES);
-  for (int i = 0; i < N_OPTIMIZERS; i++) {
-    StepRow row[PIECES];
-    double rate = optimizers[i].learning_rate;
-    double *x = steps(t, i, rate, 1, row), *y = steps(t, i, rate, 0, row);
-    long n = t->model.count;
-    printf("  %-10s rate %-5g %9.4f %9.4f %6.1f degrees\n", optimizers[i].name, rate, norm_of(x, n),
-           norm_of(y, n), angle(x, y, n));
-    free(x); free(y);
-  }
-}
-
-// K steps of SGD move by rate (g_1 + ... + g_K), each g at another place; one step by the same sum
-// with each g at the start. From step to step a g changes by rate times something: so the moves
-// differ by rate^2 times something, and agree in the limit.
-static void check_ladder(Trainer *t) {
-  printf("\nd: the ladder. %d steps of SGD against one of %d times the rate: when the rate falls\n"
-         "by 10, so does the change, and the difference falls by 100\n"
-         "  rate     |change|    |difference|  order\n", PIECES, PIECES);
-  double last = NAN, order = NAN, rate = 0.1;
-  for (int i = 0; i < 5; i++, rate /= 10) {
-    StepRow row[PIECES];
-    double *x = steps(t, sgd, rate, 1, row), *y = steps(t, sgd, rate, 0, row);
-    long n = t->model.count;
-    double change = norm_of(y, n), difference = distance(x, y, n) * change;
-    order = log10(last / difference);
-    printf("  %-8.0e %.3e   %.3e     ", rate, change, difference);
-    printf(i ? "%.3f\n" : "\n", order);
-    last = difference;
-    free(x); free(y);
-  }
-  expect(fabs(order - 2) < 0.01, "order of convergence", "%.4f, expected 2", order);
-}
-
-// ---- e. Every optimizer against its formula
+// ---- b. Every optimizer against its formula
 
 // The same formulas as papers have them. A function for each name in the table of train.c: for a
 // new optimizer the compiler asks for its own.
@@ -1480,13 +1308,185 @@ static int vectors_do_not_decay(Trainer *t) {
 }
 
 static void check_optimizers(Trainer *t) {
-  printf("\ne: every optimizer, 4 updates with clipping and decay, against its formula: the worst\n"
+  printf("\nb: every optimizer, 4 updates with clipping and decay, against its formula: the worst\n"
          "weight, relative to the largest change\n");
   for (int i = 0; i < N_OPTIMIZERS; i++) {
     double apart = apart_from_formula(i);
     expect(apart < (IS_DOUBLE ? 1e-11 : 1e-4), optimizers[i].name, "%.1e", apart);
   }
   expect(vectors_do_not_decay(t), "weight decay", "of matrices only");
+}
+
+// ---- c. Wrong recipes
+
+enum Recipe {   // how micro-batches become an update; all but the first are mistakes people made
+  SUM_OF_TOKENS, MEAN_OF_MEANS, NOT_DIVIDED, NOT_ZEROED, CLIP_EACH, COUNT_EACH, N_RECIPES
+};
+
+static void clip_each(Model *m, double *sum, double limit) {   // adds this gradient, clipped
+  double *own = new_doubles(m->count);
+  get_parameters(own, m, m->weights.grad);
+  double norm = norm_of(own, m->count), factor = norm > limit ? limit / norm : 1;
+  for (long i = 0; i < m->count; i++) sum[i] += factor * own[i];
+  launch(zero_gradients, m);
+  free(own);
+}
+
+static void accumulate(Trainer *t, const Piece *piece, int n, enum Recipe recipe) {
+  Model *m = &t->model;
+  double tokens = 0, *sum = new_doubles(m->count);
+  for (int k = 0; k < n; k++) tokens += piece[k].B * piece[k].T;
+  if (recipe != NOT_ZEROED || t->updates == 0) launch(zero_gradients, m);
+  for (int k = 0; k < n; k++) {
+    double own = piece[k].B * piece[k].T;
+    run_piece(m, piece[k], recipe == MEAN_OF_MEANS ? 1 / (own * n) : recipe == NOT_DIVIDED ? 1 / own
+                                                                   : 1 / tokens);
+    if (recipe == CLIP_EACH) clip_each(m, sum, opt.grad_clip / n);
+  }
+  if (recipe == CLIP_EACH) put_parameters(sum, m, m->weights.grad);
+  free(sum);
+}
+
+// The change of the weights over 2 updates from 4 unequal pieces each; alone: the same sequences,
+// but each is a piece by itself.
+static double *unequal_pieces(Trainer *t, enum Recipe recipe, int optimizer, int alone) {
+  static const Piece pieces[2][4] = {{{5, 7, 0}, {1, 7, 35}, {2, 3, 42}, {1, 2, 48}},
+                                     {{3, 7, 50}, {1, 2, 71}, {1, 7, 73}, {4, 3, 80}}};
+  double *change = new_doubles(t->model.count), *first = random_parameters(&t->model);
+  reset(t);
+  for (int u = 0; u < 2; u++) {
+    Piece split[MAX_PIECES];
+    int n = 0;
+    for (int k = 0; k < 4; k++)
+      for (int b = 0; b < pieces[u][k].B; b++) {
+        Piece p = {1, pieces[u][k].T, pieces[u][k].at + b * pieces[u][k].T};
+        split[n++] = p;
+      }
+    accumulate(t, alone ? split : pieces[u], alone ? n : 4, recipe);
+    apply(t, optimizer, optimizers[optimizer].learning_rate,
+          recipe == COUNT_EACH ? (u + 1)*4 - 1 : u);
+  }
+  get_parameters(change, &t->model, t->model.weights.data);
+  for (long i = 0; i < t->model.count; i++) change[i] -= first[i];
+  free(first);
+  return change;
+}
+
+static void check_recipes(void) {
+  static const char *what[N_RECIPES] = {
+    "a sum over tokens / all tokens of the update", "mean of the micro-batches' means",
+    "means added, not divided by their number", "gradients not zeroed after the first update",
+    "each micro-batch clipped, not the sum", "Adam's update counted per micro-batch"};
+  Trainer *t = new_trainer(TINY, 0);
+  printf("\nc: wrong recipes. 2 updates, each of 4 unequal micro-batches (5x7, 1x7, 2x3, ...):\n"
+         "how far is the change of the weights from the right one, and at what angle?\n"
+         "%-46s %-8s %-10s %-8s %s\n", "", "SGD", "angle", "AdamW", "angle");
+  for (int recipe = -1; recipe < N_RECIPES; recipe++) {
+    const int optimizer[] = {sgd, adamw};
+    double off[2], turned[2];
+    opt.weight_decay = 0;
+    opt.grad_clip = recipe == CLIP_EACH ? 0.5 : 0;
+    for (int i = 0; i < 2; i++) {
+      double *x = unequal_pieces(t, (enum Recipe)MAX(0, recipe), optimizer[i], recipe < 0);
+      double *y = unequal_pieces(t, SUM_OF_TOKENS, optimizer[i], 0);
+      off[i] = distance(x, y, t->model.count);
+      turned[i] = angle(x, y, t->model.count);
+      free(x); free(y);
+    }
+    int right = recipe <= SUM_OF_TOKENS;
+    int ok = right ? off[0] < 1e-12 && off[1] < 1e-9 : MAX(off[0], off[1]) > 0.01;
+    const char *name = recipe < 0 ? "right: all 18 sequences one by one" : what[recipe];
+    printf("%-46s %-8.1e %5.1f deg  %-8.1e %5.1f deg  %s\n", name, off[0], turned[0], off[1],
+           turned[1], ok ? right ? "ok" : "wrong, as it should be" : "FAIL");
+    count_verdict(ok, "recipe", name);
+  }
+}
+
+// ---- d. Step by step, and e. the ladder
+
+// PIECES single steps, or one accumulated step with PIECES times the rate. Fills a row for each
+// micro-batch; returns the change of the weights.
+typedef struct { double loss, norm, change; } StepRow;
+static double *steps(Trainer *t, int optimizer, double rate, int single, StepRow *row) {
+  Model *m = &t->model;
+  double *first = random_parameters(m), *last = random_parameters(m), *now = new_doubles(m->count);
+  reset(t);
+  opt.weight_decay = opt.grad_clip = 0;
+  launch(zero_gradients, m);
+  for (int k = 0; k < PIECES; k++) {
+    Piece piece = {PIECE_B, PIECE_T, k * PIECE_B * PIECE_T};
+    double tokens = PIECE_B * PIECE_T * (single ? 1 : PIECES);
+    if (single) launch(zero_gradients, m);
+    run_piece(m, piece, 1 / tokens);
+    row[k].loss = mean_loss(m, PIECE_B * PIECE_T);
+    get_parameters(now, m, m->weights.grad);
+    row[k].norm = norm_of(now, m->count);
+    if (single) apply(t, optimizer, rate, k);
+    else if (k == PIECES - 1) apply(t, optimizer, rate * PIECES, 0);
+    get_parameters(now, m, m->weights.data);
+    for (long i = 0; i < m->count; i++) last[i] = now[i] - last[i];
+    row[k].change = norm_of(last, m->count);
+    memcpy(last, now, m->count * sizeof(double));
+  }
+  for (long i = 0; i < m->count; i++) now[i] -= first[i];
+  free(first); free(last);
+  return now;
+}
+
+static void show_steps(Trainer *t, int optimizer) {
+  double rate = optimizers[optimizer].learning_rate;
+  long n = t->model.count;
+  StepRow one[PIECES], all[PIECES];
+  double *x = steps(t, optimizer, rate, 1, one), *y = steps(t, optimizer, rate, 0, all);
+  printf("%s: learning rate %-8g          | learning rate %g x %d\n", optimizers[optimizer].name,
+         rate, rate, PIECES);
+  printf("  micro-batch   loss  |gradient|  |change|  |   loss  |gradient so far|  |change|\n");
+  for (int k = 0; k < PIECES; k++)
+    printf("  %-11d %6.3f  %10.4f  %8.4f  | %6.3f  %17.4f  %8.4f\n", k + 1, one[k].loss,
+           one[k].norm, one[k].change, all[k].loss, all[k].norm, all[k].change);
+  printf("  in total                        %8.4f  |                            %8.4f, %.1f degrees"
+         " apart\n", norm_of(x, n), norm_of(y, n), angle(x, y, n));
+  free(x); free(y);
+}
+
+static void show_all_steps(Trainer *t) {
+  printf("\nd: step by step. Left: %d updates, one after each micro-batch; right: their gradients\n"
+         "added, then one update with %d times the rate: all see the weights of the start.\n",
+         PIECES, PIECES);
+  show_steps(t, sgd);
+  show_steps(t, adamw);
+  printf("every optimizer: |change| of %d steps, of one, and the angle between them\n", PIECES);
+  for (int i = 0; i < N_OPTIMIZERS; i++) {
+    StepRow row[PIECES];
+    double rate = optimizers[i].learning_rate;
+    double *x = steps(t, i, rate, 1, row), *y = steps(t, i, rate, 0, row);
+    long n = t->model.count;
+    printf("  %-10s rate %-5g %9.4f %9.4f %6.1f degrees\n", optimizers[i].name, rate, norm_of(x, n),
+           norm_of(y, n), angle(x, y, n));
+    free(x); free(y);
+  }
+}
+
+// K steps of SGD move by rate (g_1 + ... + g_K), each g at another place; one step by the same sum
+// with each g at the start. From step to step a g changes by rate times something: so the moves
+// differ by rate^2 times something, and agree in the limit.
+static void check_ladder(Trainer *t) {
+  printf("\ne: the ladder. %d steps of SGD against one of %d times the rate: when the rate falls\n"
+         "by 10, so does the change, and the difference falls by 100\n"
+         "  rate     |change|    |difference|  order\n", PIECES, PIECES);
+  double last = NAN, order = NAN, rate = 0.1;
+  for (int i = 0; i < 5; i++, rate /= 10) {
+    StepRow row[PIECES];
+    double *x = steps(t, sgd, rate, 1, row), *y = steps(t, sgd, rate, 0, row);
+    long n = t->model.count;
+    double change = norm_of(y, n), difference = distance(x, y, n) * change;
+    order = log10(last / difference);
+    printf("  %-8.0e %.3e   %.3e     ", rate, change, difference);
+    printf(i ? "%.3f\n" : "\n", order);
+    last = difference;
+    free(x); free(y);
+  }
+  expect(fabs(order - 2) < 0.01, "order of convergence", "%.4f, expected 2", order);
 }
 
 // ---- Threads
@@ -1697,8 +1697,8 @@ static void make_saved(void) {
 }
 
 static double bar_for(const char *dtype) {   // what rounding to this precision excuses
-  if (!IS_DOUBLE || !strcmp(dtype, "\"F32\"")) return 1e-4;
-  return !strcmp(dtype, "\"F64\"") ? BAR : !strcmp(dtype, "\"F16\"") ? 0.02 : 0.1;
+  if (!IS_DOUBLE || !strcmp(dtype, "F32")) return 1e-4;
+  return !strcmp(dtype, "F64") ? BAR : !strcmp(dtype, "F16") ? 0.02 : 0.1;
 }
 
 static void check_against(const char *path) {

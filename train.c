@@ -381,12 +381,12 @@ enum { CHUNK = 4096 };
 static long chunks(long n) { return (n + CHUNK - 1) / CHUNK; }
 
 // Describes a model for micro-batches of up to max_tokens tokens; takes no device memory yet.
-static void model_layout(Model *m, Config config, int max_tokens, int training, int unshared) {
+static void model_layout(Model *m, Config config, long max_tokens, int training, int unshared) {
   if (4.0 * config.block_size * config.n_embd > 2e9 || max_tokens > 500000000)
-    die("a micro-batch of %d tokens, in sequences of %d, with %d channels is too large: lower "
+    die("a micro-batch of %ld tokens, in sequences of %d, with %d channels is too large: lower "
         "--batch_size, --block_size or --n_embd", max_tokens, config.block_size, config.n_embd);
   memset(m, 0, sizeof *m);
-  m->config = config; m->max_tokens = max_tokens;
+  m->config = config; m->max_tokens = (int)max_tokens;
   m->training = training; m->unshared = unshared;
   m->attention = attention_forward;
   m->block = (Block *)host_alloc(NULL, config.n_layer * sizeof(Block));
@@ -1123,8 +1123,8 @@ static void matmul_plain(Matrix c, Matrix a, Matrix b, int M, int N, int K, int 
 //      columns. A step of k loads 2 vectors of B and ROWS numbers of A for 2*ROWS vector
 //      multiply-adds, so the more sums there are, the fewer loads each needs. Besides, a core can
 //      start two multiply-adds in a cycle but needs 4 cycles for each: 8 or more independent sums
-//      keep it busy. The limit is the number of registers; a tile of 12 x 2 uses 27 of 32, and one
-//      of 14 x 2, with 31, was not faster. (In BLIS: MR = ROWS, NR = COLUMNS, KC = DEPTH.)
+//      keep it busy. The limit is the number of registers: a tile of 12 x 2 uses 27 of 32. (In
+//      BLIS: MR = ROWS, NR = COLUMNS, KC = DEPTH.)
 //   2. B is packed: a panel of DEPTH x COLUMNS numbers is copied so that they are consecutive in
 //      the order in which the tile reads them, whatever the strides of B. The panel stays in the
 //      core's cache while the tiles of all rows of A read it. A is read in place, unless it is
@@ -1770,29 +1770,41 @@ static int json_integers(Span s, long *x, int most) {
   return -1;
 }
 
+// Copies a string, at most size - 1 bytes, and decodes the escapes that write_string() writes.
+// Returns 0 if there is none.
+static int json_string(Span s, char *text, size_t size) {
+  size_t n = 0;
+  if (!starts_with(s, "\"")) return 0;
+  for (s.at++; s.at < s.end && *s.at != '"' && n < size - 1; n++) {
+    unsigned code;
+    char hex[3] = {0};
+    if (starts_with(s, "\\u00") && s.end - s.at >= 6) memcpy(hex, s.at + 4, 2);
+    int escaped = sscanf(hex, "%2x", &code) == 1;
+    text[n] = escaped ? (char)code : *s.at;
+    s.at += escaped ? 6 : 1;
+  }
+  text[n] = 0;
+  return 1;
+}
+
 typedef struct { char path[4096]; Span file, header, numbers; } Safetensors;   // in memory
-typedef struct { const char *dtype; int size, dims; long shape[8], offset[2]; } StoredTensor;
+typedef struct { char dtype[8]; int size, dims; long shape[8], offset[2]; } StoredTensor;
 
 // Reads a tensor's entry in the header, which begins at s. Its data_offsets must be as far apart as
 // dtype and shape say.
 static StoredTensor read_entry(const Safetensors *st, Span s) {
-  static const struct { const char *name; int size; } dtype[] = {
-    {"\"F64\"", 8}, {"\"F32\"", 4}, {"\"F16\"", 2}, {"\"BF16\"", 2}, {"\"I64\"", 8}, {"\"I32\"", 4},
-    {"\"I16\"", 2}, {"\"I8\"", 1}, {"\"U64\"", 8}, {"\"U32\"", 4}, {"\"U16\"", 2}, {"\"U8\"", 1},
-    {"\"BOOL\"", 1}};
   StoredTensor t;
   memset(&t, 0, sizeof t);
   const char *close = (const char *)memchr(s.at, '}', s.end - s.at);
   if (starts_with(s, "{") && close) s.end = close + 1;
-  for (int i = 0; i < 13; i++)
-    if (starts_with(json_find(s, "", "dtype"), dtype[i].name))
-      t.dtype = dtype[i].name, t.size = dtype[i].size;
+  json_string(json_find(s, "", "dtype"), t.dtype, sizeof t.dtype);
+  t.size = !strcmp(t.dtype, "BOOL") ? 1 : atoi(t.dtype + strcspn(t.dtype, "0123456789")) / 8;
   t.dims = json_integers(json_find(s, "", "shape"), t.shape, 8);
   int offsets = json_integers(json_find(s, "", "data_offsets"), t.offset, 2);
   long bytes = t.size, most = st->file.end - st->file.at;
   int d = 0;
   for (; d < t.dims && bytes <= most / MAX(t.shape[d], 1); d++) bytes *= t.shape[d];
-  if (!t.size || d != t.dims || offsets != 2 || t.offset[1] - t.offset[0] != bytes)
+  if (t.size < 1 || d != t.dims || offsets != 2 || t.offset[1] - t.offset[0] != bytes)
     die("%s: dtype, shape and data_offsets do not fit together: %.*s", st->path,
         (int)MIN(s.end - s.at, 100), s.at);
   return t;
@@ -1869,10 +1881,10 @@ static int find_tensor(const Safetensors *st, const char *prefix, const char *na
 static double stored_number(const Safetensors *st, const StoredTensor *t, long i) {
   const char *at = st->numbers.at + t->offset[0] + i * t->size;
   double d; float f; uint16_t h; uint32_t w;
-  if (!strcmp(t->dtype, "\"F64\"")) { memcpy(&d, at, 8); return d; }
-  if (!strcmp(t->dtype, "\"F32\"")) { memcpy(&f, at, 4); return f; }
+  if (!strcmp(t->dtype, "F64")) { memcpy(&d, at, 8); return d; }
+  if (!strcmp(t->dtype, "F32")) { memcpy(&f, at, 4); return f; }
   memcpy(&h, at, 2);
-  if (!strcmp(t->dtype, "\"BF16\"")) { w = (uint32_t)h << 16; memcpy(&f, &w, 4); return f; }
+  if (!strcmp(t->dtype, "BF16")) { w = (uint32_t)h << 16; memcpy(&f, &w, 4); return f; }
   int exponent = h >> 10 & 31, fraction = h & 1023;       // F16, IEEE binary16
   d = exponent == 0 ? ldexp(fraction, -24)
     : exponent == 31 ? (fraction ? NAN : INFINITY) : ldexp(1024 + fraction, exponent - 25);
@@ -1891,7 +1903,8 @@ static void read_parameter(const Safetensors *st, const char *prefix, const Entr
       (e->cols && t.shape[1] != e->cols))
     die("%s: %s has the shape [%ld,%ld], expected [%d,%d] (0: no such dimension)", st->path,
         e->name, t.shape[0], t.shape[1], e->rows, e->cols);
-  if (!strchr("FB", t.dtype[1]) || t.size == 1)
+  if (strcmp(t.dtype, "F32") && strcmp(t.dtype, "F64") && strcmp(t.dtype, "F16") &&
+      strcmp(t.dtype, "BF16"))
     die("%s: %s is %s, not F32, F64, F16 or BF16", st->path, e->name, t.dtype);
   if (!device) return;
   real *x = (real *)host_alloc(NULL, entry_count(e) * sizeof(real));
@@ -1913,16 +1926,6 @@ static const struct { const char *key, *value; int required; } hf_config[] = {
   {"resid_pdrop", "0.0", 0}, {"embd_pdrop", "0.0", 0}, {"attn_pdrop", "0.0", 0},
   {"initializer_range", "0.02", 0}, {"bos_token_id", "null", 0}, {"eos_token_id", "null", 0}};
 enum { N_HF_CONFIG = sizeof hf_config / sizeof *hf_config };
-
-static void write_config(void) {
-  FILE *f = output_open(opt.out, "config.json");
-  fprintf(f, "{");
-  for_sizes (o) fprintf(f, "\n  \"%s\": %d,", o->json, *(int *)o->value);
-  for (int i = 0; i < N_HF_CONFIG; i++)
-    fprintf(f, "\n  \"%s\": %s%s", hf_config[i].key, hf_config[i].value,
-            i < N_HF_CONFIG - 1 ? "," : "\n}\n");
-  output_close();
-}
 
 // Reads the sizes of the model in a folder into opt.config. A size that was given as an option must
 // be the same; but --block_size may be smaller.
@@ -1957,20 +1960,8 @@ static void read_config(const char *folder) {
   free(all);
 }
 
-// The string under a key in the metadata, in a buffer of 4096 bytes; 0 if it is not there.
-static int metadata_value(const Safetensors *st, const char *key, char *value) {
-  Span s = json_find(json_find(st->header, "", "__metadata__"), "", key);
-  unsigned code, n = 0;
-  if (!starts_with(s, "\"")) return 0;
-  for (s.at++; s.at < s.end && *s.at != '"' && n < 4095; n++) {
-    char hex[3] = {0};
-    if (starts_with(s, "\\u00") && s.end - s.at >= 6) memcpy(hex, s.at + 4, 2);
-    int escaped = sscanf(hex, "%2x", &code) == 1;          // as write_string() writes it
-    value[n] = escaped ? (char)code : *s.at;
-    s.at += escaped ? 6 : 1;
-  }
-  value[n] = 0;
-  return 1;
+static int metadata(const Safetensors *st, const char *key, char *value) {   // of 4096 bytes
+  return json_string(json_find(json_find(st->header, "", "__metadata__"), "", key), value, 4096);
 }
 
 static void write_string(FILE *f, const char *key, const char *value) {   // ,"key":"value"
@@ -2018,28 +2009,26 @@ static void write_parts(const Trainer *t, const char *file_name, int parts,
   free(list);
 }
 
-// Does config.json exist, with the sizes of this model?
-static int config_fits(void) {
-  long size, stored, fits = 1;
-  const char *path = path_of(opt.out, "config.json");
-  if (access(path, F_OK)) return 0;
-  char *all = read_file(path, &size);
-  Span json = {all, all + size};
+// Writes config.json, unless it is there with the same text. If it is of another model, that
+// model.safetensors is removed first, so that the two never stand side by side.
+static void write_config(void) {
+  char all[2048];
+  long size, n = snprintf(all, sizeof all, "{");
   for_sizes (o)
-    if (json_integers(json_find(json, "", o->json), &stored, 1) != 1 || stored != *(int *)o->value)
-      fits = 0;
-  free(all);
-  return (int)fits;
-}
-
-// Writes model.safetensors, and config.json if need be. A model of another shape that is there is
-// removed first, so that it never stands beside a config.json that is not its own.
-static void export_model(const Trainer *t) {
-  if (!config_fits()) {
-    unlink(path_of(opt.out, "model.safetensors"));
-    write_config();
+    n += snprintf(all + n, sizeof all - n, "\n  \"%s\": %d,", o->json, *(int *)o->value);
+  for (int i = 0; i < N_HF_CONFIG; i++)
+    n += snprintf(all + n, sizeof all - n, "\n  \"%s\": %s%s", hf_config[i].key, hf_config[i].value,
+                  i < N_HF_CONFIG - 1 ? "," : "\n}\n");
+  if (!access(path_of(opt.out, "config.json"), F_OK)) {
+    char *old = read_file(path_of(opt.out, "config.json"), &size);
+    int same = !strcmp(old, all);
+    free(old);
+    if (same) return;
   }
-  write_parts(t, "model.safetensors", 1, write_sizes);
+  unlink(path_of(opt.out, "model.safetensors"));
+  output_open(opt.out, "config.json");
+  output_write(all, n);
+  output_close();
 }
 
 static void save(Trainer *t) {
@@ -2051,7 +2040,8 @@ static void save(Trainer *t) {
     die("step %ld: a weight became inf or nan: the last checkpoint is kept; lower --learning_rate",
         t->updates);
   write_parts(t, "state.safetensors", 3, write_state);
-  export_model(t);
+  write_config();
+  write_parts(t, "model.safetensors", 1, write_sizes);
 }
 
 // Checks, with base NULL, or reads all parameters of a model. base is laid out like m->weights.
@@ -2066,7 +2056,7 @@ static void model_load(Model *m, const char *folder) {
   char value[4096];
   Safetensors st = safetensors_open(folder, "model.safetensors");
   for_sizes (o)
-    if (metadata_value(&st, o->name, value) && atol(value) != o->stored)
+    if (metadata(&st, o->name, value) && atol(value) != o->stored)
       die("%s was saved with %s %.20s, but config.json says %ld: are they of two models?", st.path,
           o->name, value, o->stored);
   StoredTensor t;
@@ -2086,7 +2076,7 @@ static void read_log(Trainer *t);
 // Continues from a saved state: `st` is open, and its options have been read.
 static void resume(Trainer *t, Safetensors *st) {
   char step[4096], hash[4096], *end;
-  if (!metadata_value(st, "step", step) || !metadata_value(st, "text_hash", hash))
+  if (!metadata(st, "step", step) || !metadata(st, "text_hash", hash))
     die("%s is not a saved state of this program", st->path);
   if (strtoull(hash, NULL, 16) != text.hash)
     die("%s was saved in training on another text than %s: name that text, or start from the "
@@ -2100,7 +2090,8 @@ static void resume(Trainer *t, Safetensors *st) {
   read_log(t);
   t->first_update = t->saved_update = t->updates;
   t->first_seconds = t->seconds;
-  export_model(t);                               // a save may have been killed after the state
+  write_config();                                // a save may have been killed after the state
+  write_parts(t, "model.safetensors", 1, write_sizes);
 }
 
 // ---- 10. Log, plot, console -------------------------------------------------------------------
@@ -2609,7 +2600,7 @@ static const char *copy_of(const char *s) {
 static void read_options(const Safetensors *st) {
   char value[4096], buffer[32];
   for (Option *o = train_options; o->name; o++) {
-    if (!o->saved || !metadata_value(st, o->name, value)) continue;
+    if (!o->saved || !metadata(st, o->name, value)) continue;
     const char *now = option_text(o, buffer);
     if (o->given && o->saved == FIXED && strcmp(now, value))
       die("--resume with --%s %s, but %s has %s: leave the option out, or start anew without "
@@ -2617,7 +2608,7 @@ static void read_options(const Safetensors *st) {
     if (!o->given) set_option(o, o->kind == TEXT ? copy_of(value) : value);
     o->given = 1;
   }
-  if (!opt.text && metadata_value(st, "text", value)) opt.text = copy_of(value);
+  if (!opt.text && metadata(st, "text", value)) opt.text = copy_of(value);
 }
 
 static void check_options(void) {
@@ -2655,7 +2646,7 @@ static void open_trainers(Safetensors *state) {
   for (Trainer *t = trainer; t < trainer + n_trainers; t++) {
     Model *m = &t->model;
     t->loss = t->val.loss = t->val.accuracy = NAN;       // not known yet
-    model_layout(m, opt.config, opt.batch_size * opt.config.block_size, 1, 0);
+    model_layout(m, opt.config, (long)opt.batch_size * opt.config.block_size, 1, 0);
     if (state) read_parameters(m, state, "transformer.", NULL);   // are they there?
     if (opt.init) model_load(m, opt.init);
     else model_allocate(m);
@@ -2672,7 +2663,7 @@ static void evaluate_text(void) {
   static Model m;
   device_start(opt.threads);
   device_precision(opt.precision);
-  model_layout(&m, opt.config, opt.batch_size * opt.config.block_size, 0, 0);
+  model_layout(&m, opt.config, (long)opt.batch_size * opt.config.block_size, 0, 0);
   model_load(&m, opt.out);
   Evaluation e = evaluate(&m, 0, text.size);
   show(NULL);

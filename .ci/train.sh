@@ -296,7 +296,7 @@ too_large() {
     refuses 'lower' text --out large $sizes || return 1
   done
   head -c 30000000 /dev/zero >huge
-  refuses 'too many' huge --batch_size 65536 --block_size 1000000 --n_embd 1 --n_head 1
+  refuses 'too large' huge --batch_size 65536 --block_size 1000000 --n_embd 1 --n_head 1
 }
 little_memory() {   # an address space of so many KB
   for limit in 20000 60000 120000; do
@@ -463,7 +463,7 @@ hostile_headers() {
   hostile 'fit together' "{\"a\":$(f32 1,1,1,1,1,1,1,1,2 0 8)}" 8 &&
   hostile 'fit together' "{\"a\":{\"dtype\":\"F31\",\"shape\":[2],\"data_offsets\":[0,8]}}" 8 &&
   hostile 'fit together' "{\"a\":{\"shape\":[2],\"data_offsets\":[0,8]}}" 8 &&
-  hostile 'fit together' "{\"a\":{\"dtype\":\"F32F32F32F32\",\"shape\":[2],\"data_offsets\":[0,8]}}" 8 &&
+  hostile 'no tensor' "{\"a\":{\"dtype\":\"F32F32F32F32\",\"shape\":[2],\"data_offsets\":[0,8]}}" 8 &&
   hostile . "{\"a\":[]}" 0 && hostile . "{\"a\":$one,}" 8 && hostile . "{\"a\":$one" 8 &&
   hostile . "{\"a\":$one}x" 8 && hostile . "[]" 0 && hostile . "" 0 && hostile . " {}" 0 &&
   hostile . '{"a' 0 && hostile . '{"a\' 0 && hostile . "{\"__metadata__\":$one}" 0 &&
