@@ -29,16 +29,20 @@ FAST = -O3 $(NATIVE) $(WIDE) -ffp-contract=fast -fno-math-errno -fno-trapping-ma
 CFLAGS = -std=c11 -D_GNU_SOURCE $(FAST) $(WARN) $(EXTRA)
 LIBS = -pthread -lm
 
+# Everything is built anew when the compiler or its flags change: this file has the last ones.
+FLAGS := $(shell echo "$(CC) $(CXX) $(FAST) $(EXTRA)" >$B/new; \
+           cmp -s $B/new $B/flags || mv $B/new $B/flags)$B/flags
+
 all: train generate test_gradients
 
 run: train generate data/tales.txt
 	./train
 	./generate --prompt "Once"
 
-# The gradient checker is one source and four programs: in double and in float, with train.c or with
-# the kernels. D is the folder of the sources: a student's, or a mutant's. EXTRA: more flags.
+# The gradient checker is one source and five programs: in double and in float, with train.c or with
+# the kernels; and with the plain matmul and attention in place of the fast ones. D is the folder of the sources: a student's, or a mutant's. EXTRA: more flags.
 D = .
-CHECKER = $D/test_gradients.c $D/train.c
+CHECKER = $D/test_gradients.c $D/train.c $(FLAGS)
 HAVE_CXX := $(shell $(CXX) --version >/dev/null 2>&1 && echo yes)
 GPU_CHECKERS = $(if $(HAVE_CXX),test_gradients_gpu test_gradients_gpu_float)
 
@@ -48,24 +52,26 @@ $D/test_gradients: $(CHECKER)
 $D/test_gradients_float: $(CHECKER)
 	$(CC) $(CFLAGS) -DREAL=float -o $@ $< $(LIBS)
 
+$D/test_gradients_plain: $(CHECKER)
+	$(CC) $(CFLAGS) -DPLAIN=1 -o $@ $< $(LIBS)
+
 # Each command ends with a line `N passed, N failed`; .ci/tally adds them up. Kernels are run three
 # times, with their threads and blocks in order and in two random orders.
 STEP = $B/step.safetensors
-test: train generate test_gradients test_gradients_float $(GPU_CHECKERS) $B/test_generate
+test: train generate test_gradients test_gradients_float test_gradients_plain $(GPU_CHECKERS) $B/test_generate
 	@$(if $(HAVE_CXX),,echo "no C++ compiler ($(CXX)): the kernels are not checked here")
 	@./test_gradients --save $(STEP)
-	@.ci/tally ./test_gradients ./test_gradients_float "./test_gradients_float --against $(STEP)" \
+	@.ci/tally ./test_gradients ./test_gradients_float "./test_gradients_plain linear lm_head attention" "./test_gradients_float --against $(STEP)" \
 	  $(foreach g,$(GPU_CHECKERS),./$g "GPU_SEED=1 ./$g" "GPU_SEED=2 ./$g" \
 	    "./$g --against $(STEP)") $B/test_generate "SANITIZE=no .ci/generate.sh"
 
-train: train.c
+train: train.c $(FLAGS)
 	$(CC) $(CFLAGS) -o $@ train.c $(LIBS)
 
-generate: generate.c train.c
+generate: generate.c train.c $(FLAGS)
 	$(CC) $(CFLAGS) -o $@ generate.c $(LIBS)
 
-$B/test_generate: generate.c train.c
-	@mkdir -p $B
+$B/test_generate: generate.c train.c $(FLAGS)
 	$(CC) $(CFLAGS) -DTESTS -o $@ generate.c $(LIBS)
 
 # The GPU. train_gpu is built for the GPU in this machine; if there is none, for all since Turing
@@ -75,7 +81,7 @@ HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | grep '^GPU' | head -n 1)
 ARCH = $(if $(HAS_GPU),native,all-major)
 NVCCFLAGS = -std=c++17 -O3 -arch=$(ARCH) -Xcompiler -Wall,-Wextra,-pthread -I$D
 
-train_gpu: train_gpu.cu train.c
+train_gpu: train_gpu.cu train.c $(FLAGS)
 	$(if $(NVCC),$(NVCC) $(NVCCFLAGS) -o $@ $<,\
 	  @echo "no nvcc here, so no train_gpu: ./train does the same on the CPU")
 
@@ -120,7 +126,7 @@ data/tales: data/tales.c
 data/tales.txt: data/tales
 	data/tales $@
 
-# The classic, for those online. Whoever fetched it is not trusted: its SHA-256 is.
+# The classic, for those online. The download is not trusted: its SHA-256 is checked.
 SHAKESPEARE ?= https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt
 SHA256 = 86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed
 data/shakespeare.txt:
@@ -150,8 +156,8 @@ exercise:
 	@.ci/exercise "$(N)"
 
 clean:
-	rm -rf $B train train_gpu generate test_gradients test_gradients_float test_gradients_gpu \
-	  test_gradients_gpu_float test_gradients_race data/tales
+	rm -rf $B train train_gpu generate test_gradients test_gradients_float \
+	  test_gradients_plain test_gradients_gpu test_gradients_gpu_float test_gradients_race data/tales
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile

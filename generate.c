@@ -19,6 +19,7 @@
 //   ./generate --compare           greedy and beam search side by side; --help lists the rest
 
 #define NO_MAIN   // train.c's
+#define PROGRAM "generate"
 #pragma GCC diagnostic ignored "-Wunused-function"   // of train.c: this program does not train
 #include "train.c"
 
@@ -84,7 +85,7 @@ static void writer_allocate(Writer *w) {
 static void attention_cached(Tensor out, Tensor lse, Tensor qkv, int B, int T, int C, int H) {
   Writer *w = stepping;
   int D = C / H, layer = 0, t = (int)(w->n - 1 - w->start);
-  real scale = 1 / sqrt_(D);
+  real scale = 1 / sqrt((real)D);
   (void)lse; (void)T;
   while (w->model.act[layer].qkv.data != qkv.data) layer++;
   parallel_for (nh, B*H) {
@@ -126,17 +127,20 @@ static void whole_window(Model *m, const unsigned char *bytes, long start, int n
 
 // Copies the matrix under each weight into panels, as pack() does it in every matmul of training:
 // here it is done once. A step then reads memory from front to back, which is what it does fastest.
-static void pack_weight(Tensor *t, Matrix w, int C, int O) {
-  t->packed = (real *)device_alloc((size_t)C * (O + COLUMNS) * sizeof(real));
+static void pack_weight(const real *weights, Matrix w, int C, int O) {
+  real *panels = (real *)device_alloc((size_t)C * (O + COLUMNS) * sizeof(real));
   for (int o = 0; o < O; o += COLUMNS)
-    pack(t->packed + (long)o*C, COLUMNS, part_of(w, 0, o), C, MIN(COLUMNS, O - o));
+    pack(panels + (long)o*C, COLUMNS, part_of(w, 0, o), C, MIN(COLUMNS, O - o));
+  struct Packed p = {weights, panels};
+  packed[n_packed++] = p;
 }
 
 static void pack_weights(Model *m) {
+  packed = (struct Packed *)host_alloc(packed, (n_packed + m->n_parameters) * sizeof *packed);
   for (Entry *e = m->parameter; e < m->parameter + m->n_parameters; e++) {
     Matrix w = rows_of(e->tensor->data, e->cols);
-    if (e->tensor == &m->wte) pack_weight(e->tensor, transpose(w), e->cols, e->rows);
-    else if (e->cols && e->tensor != &m->wpe) pack_weight(e->tensor, w, e->rows, e->cols);
+    if (e->tensor == &m->wte) pack_weight(w.at, transpose(w), e->cols, e->rows);
+    else if (e->cols && e->tensor != &m->wpe) pack_weight(w.at, w, e->rows, e->cols);
   }
 }
 
@@ -455,39 +459,6 @@ static void score_text(Writer *w, const unsigned char *bytes, long n) {
 
 // ---- 4. Greedy against beam search: --compare -------------------------------------------------
 
-// Prints the next line of a text in a column of this width, broken between words where possible;
-// returns where the line after it begins.
-static const unsigned char *print_cell(const unsigned char *p, const unsigned char *end,
-                                       int width) {
-  const unsigned char *stop = p, *space = NULL;
-  int columns = 0, at_space = 0;
-  while (stop < end && *stop != '\n') {
-    int length = utf8_length(stop, end - stop), wide = length >= 3 ? 2 : 1;   // as Chinese is
-    if (columns + wide > width) {
-      if (space) stop = space, columns = at_space;
-      break;
-    }
-    columns += wide;
-    stop += MAX(1, length);
-    if (stop[-1] == ' ') space = stop, at_space = columns;
-  }
-  while (p < stop)
-    if (*p == '\t') putchar(' '), p++;            // a tab would change the width
-    else p += print_text(p, MAX(1, utf8_length(p, stop - p)), 1);
-  printf("%*s", width - columns, "");
-  return p < end && *p == '\n' ? p + 1 : p;
-}
-
-static void print_side_by_side(const unsigned char *a, const unsigned char *b, long n) {
-  const unsigned char *end_a = a + n, *end_b = b + n;
-  while (a < end_a || b < end_b) {
-    a = print_cell(a, end_a, 46);
-    printf(" | ");
-    b = print_cell(b, end_b, 46);
-    printf("\n");
-  }
-}
-
 static void print_first_difference(Writer *w, const unsigned char *a, const unsigned char *b) {
   long i = prompt.n, end = prompt.n + gen.tokens;
   char x[8], y[8];
@@ -510,9 +481,11 @@ static void compare(Writer *w) {
     rate[i] = gen.tokens / result.seconds;
     loss[i] = text_loss(w, written[i], prompt.n, n, 0);
   }
-  const char *rule = "-----------------------------------------------";
-  printf("%-46s | beam search, %d hypotheses\n%s+%s\n", "greedy", gen.beam, rule, rule);
-  print_side_by_side(written[0] + prompt.hidden, written[1] + prompt.hidden, n - prompt.hidden);
+  for (int i = 0; i < 2; i++) {
+    printf("--- %s ---\n", i ? "beam search" : "greedy");
+    print_text(written[i] + prompt.hidden, n - prompt.hidden, 1);
+    printf("\n");
+  }
   printf("\n%-12s %10s %10s %10s\n", "", "loss", "per byte", "tokens/s");
   for (int i = 0; i < 2; i++)
     printf("%-12s %10.3f %10.4f %10.0f\n", i ? "beam search" : "greedy", loss[i],
@@ -609,16 +582,6 @@ static void write_attention(Writer *w, const unsigned char *bytes, long n_bytes)
 }
 
 // ---- 6. Speed ---------------------------------------------------------------------------------
-
-// How many threads a step should use: all cores, if that is expected to save 3 parts in 10. A step
-// has some ten barriers a layer, of about 0.5 us each; one thread reads weights at about 25 GB/s,
-// and each row adds a sixteenth of that time in arithmetic. So a model of 1 MB is read fastest by
-// one.
-static int worthwhile_threads(const Model *m, int rows, int cores) {
-  double barriers = 10.0 * m->config.n_layer + 3;
-  double alone = m->count * sizeof(real) * (1 + rows / 16.0) / 25e9;
-  return alone / cores + barriers * 5e-7 < 0.7 * alone ? cores : 1;
-}
 
 // Reads all weights and computes next to nothing: the fastest that a step could be.
 static void read_weights(void *model) {
@@ -723,7 +686,6 @@ static void take_prompt(Config c) {
 int main(int argc, char **argv) {
   static Writer w;
   Config config = {6, 6, 384, 256, 256};          // --bench without a folder: 10.8 M parameters
-  program = "generate";
   parse_options(generate_options, argc, argv, GENERATE_USAGE, &gen.folder, 1);
   check_choices();
   int random = gen.bench && !gen.folder;
@@ -741,8 +703,9 @@ int main(int argc, char **argv) {
   take_prompt(config);
   int rows = gen.bench ? BENCH_ROWS : MAX(gen.beam, gen.samples);
   int cores = (int)MAX(1, MIN(1024, sysconf(_SC_NPROCESSORS_ONLN)));
+  int few = 700000;   // parameters: so few are read by one thread before others have joined it
   writer_layout(&w, config, rows, gen.bench ? 1024 : prompt.n + gen.tokens);
-  device_start(gen.threads ? gen.threads : worthwhile_threads(&w.model, rows, cores));
+  device_start(gen.threads ? gen.threads : w.model.count < few ? 1 : cores, "fp32");
   if (random) model_allocate(&w.model), model_init(&w.model, 1);
   else model_load(&w.model, gen.folder);
   pack_weights(&w.model);
@@ -908,12 +871,12 @@ static void test_exhaustive(void) {
 }
 
 // A long search, beyond the window: the scores it adds up are the losses of its texts, which a
-// wrong note of where a key lies would change; and one hypothesis is greedy.
+// wrong note of where a key lies would change.
 static void test_beam(void) {
   enum { V = 20, BYTES = 50 };
   Writer w;
   unsigned char text[BYTES] = {1, 2, 3};
-  double score[6] = {0}, one[1] = {0}, worst = 0;
+  double score[6] = {0}, worst = 0;
   test_model(&w, V, 16, 24, 6, BYTES);
   start_writing(&w, text, 3, 1);
   while (w.n < BYTES) beam_step(&w, score);
@@ -923,18 +886,6 @@ static void test_beam(void) {
   }
   check(worst < 1e-3, "beam: after %d steps and slides, log p of each row is minus its loss (to "
         "%.0e)", BYTES - 3, worst);
-  Sampler greedy = {0, 1, 0, 0};
-  int same = 1;
-  test_model(&w, V, 16, 24, 1, BYTES);
-  start_writing(&w, text, 3, 1);
-  while (w.n < BYTES) beam_step(&w, one);
-  memcpy(text, text_of(&w, 0), BYTES);
-  start_writing(&w, text, 3, 1);
-  while (w.n < BYTES) {
-    sample_step(&w, &greedy, 0);
-    same &= text_of(&w, 0)[w.n - 1] == text[w.n - 1];
-  }
-  check(same, "beam: one hypothesis is greedy");
 }
 
 // The last of a tile's rows, or of a few, is to the bit the row that is written alone.
@@ -980,8 +931,7 @@ static void test_attention(void) {   // the weights that the picture shows give 
 }
 
 int main(void) {
-  program = "test_generate";
-  device_start(2);
+  device_start(2, "fp32");
   test_window();
   test_cache(64, 32, 1, 1);
   test_cache(16, 32, 3, 1);

@@ -44,8 +44,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
+#include <tgmath.h>   // sqrt(x) is sqrtf(x) if x is a float
 #include <time.h>
 #include <unistd.h>
 
@@ -58,25 +58,21 @@ typedef REAL real;
 #ifndef DEVICE
 #define DEVICE       // marks functions that train_gpu.cu also calls from kernels
 #endif
-DEVICE static inline real sqrt_(real x) {   // sqrtf for float: sqrt would compute in double
-  return sizeof(real) == sizeof(float) ? (real)sqrtf((float)x) : (real)sqrt((double)x);
-}
 
 // A value and the gradient of the loss with respect to it: two arrays of the same shape, row-major.
-// The forward pass fills data, the backward pass grad. On a GPU both are in device memory. packed
-// is NULL during training; generate.c stores a second copy of each weight there, see section 6.
-typedef struct { real *data, *grad, *packed; } Tensor;
+// The forward pass fills data, the backward pass grad. On a GPU both are in device memory.
+typedef struct { real *data, *grad; } Tensor;
 typedef struct { Tensor weight, bias; } WeightBias;   // of a linear layer, or of a layernorm
 
 // A matrix inside an array: element (i,j) is at[i*row + j*column]. Transposing exchanges the two
 // strides and moves nothing.
-typedef struct { real *at; long row, column; real *packed; } Matrix;
+typedef struct { real *at; long row, column; } Matrix;
 DEVICE static inline Matrix rows_of(real *at, long width) {
-  Matrix m = {at, width, 1, NULL};
+  Matrix m = {at, width, 1};
   return m;
 }
 DEVICE static inline Matrix transpose(Matrix m) {
-  Matrix t = {m.at, m.column, m.row, NULL};
+  Matrix t = {m.at, m.column, m.row};
   return t;
 }
 
@@ -124,8 +120,8 @@ static void squared_norm(double *result, double *partial, const real *x, long n)
 
 // Device memory; for the CPU that is just memory. Sizes are in bytes. If there is no device, or no
 // memory, the program ends.
-static const char *device_start(int threads);      // returns the name of the device
-static void device_precision(const char *name);    // of matmul: "fp32", or "tf32" on a GPU
+static const char *device_start(int threads, const char *precision);   // returns its name; precision
+                                                   // of matmul: "fp32", or "tf32" on a GPU
 static void *device_alloc(size_t bytes);           // zeroed
 static void copy_in(void *device, const void *host, size_t bytes);
 static void copy_out(void *host, const void *device, size_t bytes);
@@ -137,9 +133,11 @@ static double device_bytes;                        // total allocated by device_
 // argument has the same bytes again. So what differs between micro-batches, like their tokens, must
 // be in device memory.
 static void launch(void (*work)(void *), void *argument);
+#ifdef GPU
 static void launch_recorded(void (*work)(void *), void *argument, size_t bytes);
+#else
+#define launch_recorded(work, argument, bytes) launch(work, argument)
 
-#ifndef GPU
 // On the CPU all threads run the same function, for example forward(), and share the iterations of
 // each parallel_for: thread 0 of 2 takes the first half, thread 1 the second, then each waits until
 // the other has finished. Rules:
@@ -235,7 +233,6 @@ typedef struct {
   Tensor *tensor;
   int rows, cols;                      // cols 0: a vector
   double mean, std;                    // of the initial values of a parameter
-  enum Place data, grad;               // of an activation
   long data_at, grad_at;               // where they begin in the Model's memory
 } Entry;
 
@@ -256,14 +253,31 @@ typedef struct {
   Entry *parameter, *activation;       // the lists
   int n_parameters, n_activations;
   Tensor weights;                      // all parameters, one after the other: matrices, then
-  long n_matrices, n_weights;          //   vectors, since weight decay is for matrices only
-  real *memory;                        // all activations
-  long n_memory;
+  long n_matrices, n_vectors, n_weights;   // vectors, since weight decay is for matrices only
+  real *memory;                        // all activations and their gradients
+  long n_memory, shared_at[N_PLACES];  // -1: this buffer has no place yet
   long count;                          // of parameters, without the padding in n_weights
   int *token, *target;                 // [max_tokens], of the current micro-batch
   LossSums *sums;
   double *partial;                     // scratch of squared_norm()
 } Model;
+
+static long entry_count(const Entry *e) { return (long)e->rows * MAX(e->cols, 1); }
+
+// Places an entry behind those before it, *end numbers; each tensor starts on a cache line.
+static long place(const Entry *e, long *end) {
+  long at = *end;
+  *end += (entry_count(e) + 15) / 16 * 16;
+  return at;
+}
+
+// The same for an activation, or its gradient. All tensors that share a buffer have its size.
+static long place_activation(Model *m, const Entry *e, enum Place where) {
+  long *at = &m->shared_at[where];
+  if (where == NONE) return -1;
+  if (where == OWN || m->unshared || *at < 0) *at = place(e, &m->n_memory);
+  return *at;
+}
 
 static Entry *add_entry(Entry **list, int *n, Tensor *tensor, int rows, int cols,
                         const char *format, int layer) {
@@ -279,6 +293,8 @@ static void add_parameter(Model *m, Tensor *t, int rows, int cols, double mean, 
                           const char *name, int layer) {
   Entry *e = add_entry(&m->parameter, &m->n_parameters, t, rows, cols, name, layer);
   e->mean = mean; e->std = std;
+  e->data_at = place(e, cols ? &m->n_matrices : &m->n_vectors);   // among its own; see below
+  m->count += entry_count(e);
 }
 
 // A weight (rows,cols) and its bias. cols 0: a vector of weights and one of biases.
@@ -294,7 +310,10 @@ static void add_weight_bias(Model *m, WeightBias *p, int rows, int cols, double 
 static void add_activation(Model *m, Tensor *t, int cols, enum Place data, enum Place grad,
                            const char *name, int layer) {
   Entry *e = add_entry(&m->activation, &m->n_activations, t, m->max_tokens, cols, name, layer);
-  e->data = data; e->grad = grad;
+  e->data_at = place_activation(m, e, data);
+  if (!m->training) e->grad_at = -1;
+  else if (grad == IN_PLACE && !m->unshared) e->grad_at = e->data_at;
+  else e->grad_at = place_activation(m, e, grad);
 }
 
 // Lists every tensor of the model. Parameters have the names, shapes and initial values of GPT-2 in
@@ -339,43 +358,6 @@ static void layout(Model *m) {
   add_activation(m, &m->correct, 0, OWN, NONE, "correct", 0);
 }
 
-static long entry_count(const Entry *e) { return (long)e->rows * MAX(e->cols, 1); }
-static long padded(long n) { return (n + 15) / 16 * 16; }   // each tensor starts on a cache line
-
-static void place_parameters(Model *m) {
-  for (int vectors = 0; vectors < 2; vectors++) {
-    for (int i = 0; i < m->n_parameters; i++) {
-      Entry *e = &m->parameter[i];
-      if ((e->cols == 0) != vectors) continue;
-      e->data_at = m->n_weights;
-      m->n_weights += padded(entry_count(e));
-      m->count += entry_count(e);
-    }
-    if (!vectors) m->n_matrices = m->n_weights;
-  }
-}
-
-// A shared buffer is placed at its first use; all tensors that share it have the same size.
-static void place_activations(Model *m) {
-  long shared[N_PLACES];
-  for (int i = 0; i < N_PLACES; i++) shared[i] = -1;
-  for (int i = 0; i < 2 * m->n_activations; i++) {
-    Entry *e = &m->activation[i / 2];
-    int grad = i % 2;
-    enum Place where = grad ? e->grad : e->data;
-    long *at = grad ? &e->grad_at : &e->data_at;
-    *at = -1;
-    if (where == NONE || (grad && !m->training)) continue;
-    if (m->unshared) where = OWN;
-    if (where == IN_PLACE) { *at = e->data_at; continue; }
-    if (where == OWN || shared[where] < 0) {
-      shared[where] = m->n_memory;
-      m->n_memory += padded(entry_count(e));
-    }
-    *at = shared[where];
-  }
-}
-
 // Squared norms and optimizers work on chunks of so many numbers.
 enum { CHUNK = 4096 };
 static long chunks(long n) { return (n + CHUNK - 1) / CHUNK; }
@@ -391,9 +373,11 @@ static void model_layout(Model *m, Config config, long max_tokens, int training,
   m->attention = attention_forward;
   m->block = (Block *)host_alloc(NULL, config.n_layer * sizeof(Block));
   m->act = (Activations *)host_alloc(NULL, config.n_layer * sizeof(Activations));
+  memset(m->shared_at, -1, sizeof m->shared_at);
   layout(m);
-  place_parameters(m);
-  place_activations(m);
+  m->n_weights = m->n_matrices + m->n_vectors;
+  for (Entry *e = m->parameter; e < m->parameter + m->n_parameters; e++)
+    if (!e->cols) e->data_at += m->n_matrices;             // the vectors follow the matrices
 }
 
 static void model_allocate(Model *m) {
@@ -518,16 +502,16 @@ static double model_flop(const Model *m, double N, double T) {
 #define OPTIMIZERS(ROW)                                                                            \
   ROW(sgd,      1e-1, COUPLED,   d = g)                                  /* Robbins, Monro 1951 */ \
   ROW(momentum, 1e-2, COUPLED,   m = beta1*m + g;  d = m)                /* Polyak 1964 */         \
-  ROW(adagrad,  1e-2, COUPLED,   v += g*g;  d = g / (sqrt_(v) + eps))    /* Duchi et al. 2011 */   \
+  ROW(adagrad,  1e-2, COUPLED,   v += g*g;  d = g / (sqrt(v) + eps))    /* Duchi et al. 2011 */   \
   ROW(adadelta, 1,    COUPLED,   v = beta2*v + (1 - beta2)*g*g;          /* Zeiler 2012 */         \
-      d = sqrt_(m + (real)1e-6) / sqrt_(v + (real)1e-6) * g;  m = beta2*m + (1 - beta2)*d*d)       \
+      d = sqrt(m + (real)1e-6) / sqrt(v + (real)1e-6) * g;  m = beta2*m + (1 - beta2)*d*d)       \
   ROW(rmsprop,  1e-3, COUPLED,   v = beta2*v + (1 - beta2)*g*g;          /* Hinton 2012 */         \
-      d = g / (sqrt_(v) + eps))                                                                    \
+      d = g / (sqrt(v) + eps))                                                                    \
   ROW(adam,     1e-3, COUPLED,   ADAM)                                   /* Kingma, Ba 2015 */     \
   ROW(adamw,    1e-3, DECOUPLED, ADAM)
 #define ADAM                                                                                       \
   m = beta1*m + (1 - beta1)*g;  v = beta2*v + (1 - beta2)*g*g;                                     \
-  d = m * o.m_correction / (sqrt_(v * o.v_correction) + eps)
+  d = m * o.m_correction / (sqrt(v * o.v_correction) + eps)
 
 #define NAME(name, ...) name,
 enum { OPTIMIZERS(NAME) N_OPTIMIZERS };
@@ -535,6 +519,12 @@ enum { COUPLED, DECOUPLED };
 #define TABLE_ROW(name, rate, decay, formula) {#name, rate, decay},
 static const struct { const char *name; double learning_rate; int decay; } optimizers[] = {
   OPTIMIZERS(TABLE_ROW)};
+
+static int optimizer_named(const char *name) {
+  for (int i = 0; i < N_OPTIMIZERS; i++)
+    if (!strcmp(optimizers[i].name, name)) return i;
+  die("--optimizer %s is unknown; --help lists them", name);
+}
 
 typedef struct {
   int kind;                            // sgd, momentum, ...
@@ -623,7 +613,6 @@ static int n_trainers;
 
 // What update() and train() call, defined in sections 8 to 11.
 static void load_micro_batch(Model *m, long index);    // B windows of the text, and their targets
-static int optimizer_named(const char *name);          // its number in the table above
 static void log_update(const Trainer *t);              // a row of log.csv
 static void evaluate_and_save(void);                   // on the validation text; prints a line
 static void show_progress(void);                       // with the time left, on a terminal
@@ -734,8 +723,8 @@ static void profile_flop(double flop);   // adds to the last loop or kernel that
 // Defined in section 6: exp and tanh, the largest of n numbers, one thread's part of a matmul.
 static inline real exp_(real x), tanh_(real x);
 static real max_of(const real *x, int n);
-static void multiply(Matrix c, Matrix a, Matrix b, int M, int N, int K, int mode,
-                     const real *bias);
+static void multiply(Matrix c, Matrix a, Matrix b, int M, int N, int K, int mode, const real *bias,
+                     const real *panels);
 
 // Before a loop whose iterations do not depend on each other, even if two pointers are equal: the
 // compiler can vectorise it without a check.
@@ -820,9 +809,8 @@ static void embedding_backward(Tensor out, const int *token, Tensor wte, Tensor 
 
 // linear: y[n,o] = sum_c x[n,c] w[c,o] + b[o]
 static void linear_forward(Tensor y, Tensor x, WeightBias p, int N, int C, int O) {
-  Matrix w = rows_of(p.weight.data, O);
-  w.packed = p.weight.packed;
-  matmul(rows_of(y.data, O), rows_of(x.data, C), w, N, O, C, SET, p.bias.data);
+  matmul(rows_of(y.data, O), rows_of(x.data, C), rows_of(p.weight.data, O), N, O, C, SET,
+         p.bias.data);
 }
 
 static void linear_backward(Tensor y, Tensor x, WeightBias p, int N, int C, int O) {
@@ -839,9 +827,8 @@ static void linear_backward(Tensor y, Tensor x, WeightBias p, int N, int C, int 
 // lm_head, the language-model head: logits[n,v] = sum_c x[n,c] wte[v,c]. The logit of v is large
 // where x_n resembles the embedding of v.
 static void lm_head_forward(Tensor logits, Tensor x, Tensor wte, int N, int C, int V) {
-  Matrix w = transpose(rows_of(wte.data, C));
-  w.packed = wte.packed;
-  matmul(rows_of(logits.data, V), rows_of(x.data, C), w, N, V, C, SET, NULL);
+  matmul(rows_of(logits.data, V), rows_of(x.data, C), transpose(rows_of(wte.data, C)), N, V, C, SET,
+         NULL);
 }
 
 static void lm_head_backward(Tensor logits, Tensor x, Tensor wte, int N, int C, int V) {
@@ -863,7 +850,7 @@ static void layernorm_forward(Tensor out, Tensor mean_rstd, Tensor x, WeightBias
     real *out_n = out.data + n*C;
     real mean = SUM(real, c, C, x_n[c]) / C;
     real variance = SUM(real, c, C, (x_n[c] - mean) * (x_n[c] - mean)) / C;
-    real rstd = 1 / sqrt_(variance + (real)1e-5);
+    real rstd = 1 / sqrt(variance + (real)1e-5);
     for (int c = 0; c < C; c++) out_n[c] = (x_n[c] - mean) * rstd * w[c] + b[c];
     mean_rstd.data[2*n] = mean;
     mean_rstd.data[2*n + 1] = rstd;
@@ -881,23 +868,19 @@ static void layernorm_backward(Tensor out, Tensor mean_rstd, Tensor x, WeightBia
     for (int c = 0; c < C; c++)
       dx_n[c] += rstd * (dout_n[c] * w[c] - avg_g - (x_n[c] - mean) * rstd * avg_g_xhat);
   }
-  // dw[c] += sum_n dout[n,c] xhat[n,c]; db[c] += sum_n dout[n,c]
+  // dw[c] += sum_n dout[n,c] xhat[n,c]
   parallel_for (block, column_blocks(C)) {
-    real dw[LANES] = {0}, db[LANES] = {0};
+    real dw[LANES] = {0};
     int c = block*LANES, width = MIN(LANES, C - c);
     for (int n = 0; n < N; n++) {
       const real *x_n = x.data + (long)n*C + c, *dout_n = out.grad + (long)n*C + c;
       real mean = mean_rstd.data[2*n], rstd = mean_rstd.data[2*n + 1];
-      for (int j = 0; j < width; j++) {
-        dw[j] += dout_n[j] * ((x_n[j] - mean) * rstd);
-        db[j] += dout_n[j];
-      }
+      for (int j = 0; j < width; j++) dw[j] += dout_n[j] * ((x_n[j] - mean) * rstd);
     }
-    for (int j = 0; j < width; j++) {
-      p.weight.grad[c + j] += dw[j];
-      p.bias.grad[c + j] += db[j];
-    }
+    for (int j = 0; j < width; j++) p.weight.grad[c + j] += dw[j];
   }
+  // db[c] += sum_n dout[n,c]
+  add_columns(p.bias.grad, out.grad, N, C);
 }
 
 // softmax cross-entropy: loss[n] = -log p[n,target[n]], p[n,v] = exp(logits[n,v] - row_lse[n]),
@@ -907,7 +890,7 @@ static void crossentropy_forward(Tensor loss, Tensor correct, Tensor row_lse, Te
   parallel_for (n, N) {
     const real *logits_n = logits.data + n*V;
     real max = max_of(logits_n, V);              // subtracted, so that exp cannot overflow
-    row_lse.data[n] = max + (real)log(SUM(real, v, V, exp_(logits_n[v] - max)));
+    row_lse.data[n] = max + log(SUM(real, v, V, exp_(logits_n[v] - max)));
     loss.data[n] = row_lse.data[n] - logits_n[target[n]];
     correct.data[n] = logits_n[target[n]] == max;
   }
@@ -950,7 +933,7 @@ static Head head_of(real *qkv, real *out, real *lse, long bh, int T, int C, int 
 
 // The plain form: for each query a loop over the keys. The tiled form below gives the same.
 static real z_of(const real *q, const real *k, int D) {
-  return SUM(real, d, D, q[d] * k[d]) / sqrt_(D);
+  return SUM(real, d, D, q[d] * k[d]) / sqrt((real)D);
 }
 
 static void attention_plain_forward(Tensor out, Tensor lse, Tensor qkv, int B, int T, int C,
@@ -968,7 +951,7 @@ static void attention_plain_forward(Tensor out, Tensor lse, Tensor qkv, int B, i
         sum += weight;
       }
       for (int d = 0; d < D; d++) out_t[d] /= sum;
-      a.lse[t] = max + (real)log(sum);
+      a.lse[t] = max + log(sum);
     }
   }
 }
@@ -986,7 +969,7 @@ static void attention_plain_backward(Tensor out, Tensor lse, Tensor qkv, int B, 
       for (long s = 0; s <= t; s++) {
         real datt = SUM(real, d, D, g.out[t*C + d] * a.v[s*row + d]);
         real att = exp_(z_of(a.q + t*row, a.k + s*row, D) - a.lse[t]);
-        real dz = att * (datt - dout_dot_out) / sqrt_(D);
+        real dz = att * (datt - dout_dot_out) / sqrt((real)D);
         for (int d = 0; d < D; d++) {
           g.v[s*row + d] += att * g.out[t*C + d];
           g.q[t*row + d] += dz * a.k[s*row + d];
@@ -1023,7 +1006,7 @@ static void attention_forward(Tensor out, Tensor lse, Tensor qkv, int B, int T, 
   if (PLAIN) { attention_plain_forward(out, lse, qkv, B, T, C, H); return; }
   int D = C / H;
   long row = 3L*C;
-  real scale = 1 / sqrt_(D);
+  real scale = 1 / sqrt((real)D);
   parallel_for (bh, B*H) {
     Head a = head_of(qkv.data, out.data, lse.data, bh, T, C, H);
     real att[SIDE*SIDE], max[SIDE], sum[SIDE];
@@ -1032,7 +1015,7 @@ static void attention_forward(Tensor out, Tensor lse, Tensor qkv, int B, int T, 
         int rows = (int)MIN((long)SIDE, T - i), columns = (int)MIN((long)SIDE, T - j);
         Matrix q = rows_of(a.q + i*row, row), k = rows_of(a.k + j*row, row);
         Matrix v = rows_of(a.v + j*row, row), out_i = rows_of(a.out + i*C, C);
-        multiply(rows_of(att, SIDE), q, transpose(k), rows, columns, D, SET, NULL);
+        multiply(rows_of(att, SIDE), q, transpose(k), rows, columns, D, SET, NULL, NULL);
         for (int t = 0; t < rows; t++) {
           int seen = MIN(columns, i + t - j + 1);             // keys s <= t
           real tile_max = max_of(att + t*SIDE, seen) * scale;
@@ -1045,11 +1028,11 @@ static void attention_forward(Tensor out, Tensor lse, Tensor qkv, int B, int T, 
           }
           sum[t] += exp_of_scores(att + t*SIDE, seen, columns, max[t], scale);
         }
-        multiply(out_i, rows_of(att, SIDE), v, rows, D, columns, j > 0 ? ADD : SET, NULL);
+        multiply(out_i, rows_of(att, SIDE), v, rows, D, columns, j > 0 ? ADD : SET, NULL, NULL);
         if (j < i) continue;
         for (int t = 0; t < rows; t++) {                      // that was the last tile
           for (int d = 0; d < D; d++) out_i.at[t*C + d] /= sum[t];
-          a.lse[i + t] = max[t] + (real)log(sum[t]);
+          a.lse[i + t] = max[t] + log(sum[t]);
         }
       }
   }
@@ -1060,7 +1043,7 @@ static void attention_backward(Tensor out, Tensor lse, Tensor qkv, int B, int T,
   if (PLAIN) { attention_plain_backward(out, lse, qkv, B, T, C, H); return; }
   int D = C / H;
   long row = 3L*C;
-  real scale = 1 / sqrt_(D);
+  real scale = 1 / sqrt((real)D);
   parallel_for (bh, B*H) {
     Head a = head_of(qkv.data, out.data, lse.data, bh, T, C, H);
     Head g = head_of(qkv.grad, out.grad, lse.data, bh, T, C, H);
@@ -1070,8 +1053,8 @@ static void attention_backward(Tensor out, Tensor lse, Tensor qkv, int B, int T,
         int rows = (int)MIN((long)SIDE, T - i), columns = (int)MIN((long)SIDE, T - j);
         Matrix q = rows_of(a.q + i*row, row), k = rows_of(a.k + j*row, row);
         Matrix v = rows_of(a.v + j*row, row), dout = rows_of(g.out + i*C, C);
-        multiply(rows_of(att, SIDE), q, transpose(k), rows, columns, D, SET, NULL);
-        multiply(rows_of(dz, SIDE), dout, transpose(v), rows, columns, D, SET, NULL);   // datt
+        multiply(rows_of(att, SIDE), q, transpose(k), rows, columns, D, SET, NULL, NULL);
+        multiply(rows_of(dz, SIDE), dout, transpose(v), rows, columns, D, SET, NULL, NULL);   // datt
         for (int t = 0; t < rows; t++) {
           real *att_t = att + t*SIDE, *dz_t = dz + t*SIDE;
           const real *out_t = a.out + (i + t)*C, *dout_t = dout.at + t*C;
@@ -1083,9 +1066,9 @@ static void attention_backward(Tensor out, Tensor lse, Tensor qkv, int B, int T,
         // queries that is the tile of key 0; for keys the tile on the diagonal.
         int q_mode = j > 0 ? ADD : SET, kv_mode = i > j ? ADD : SET;
         Matrix att_s = transpose(rows_of(att, SIDE)), dz_s = transpose(rows_of(dz, SIDE));
-        multiply(rows_of(g.v + j*row, row), att_s, dout, columns, D, rows, kv_mode, NULL);
-        multiply(rows_of(g.q + i*row, row), rows_of(dz, SIDE), k, rows, D, columns, q_mode, NULL);
-        multiply(rows_of(g.k + j*row, row), dz_s, q, columns, D, rows, kv_mode, NULL);
+        multiply(rows_of(g.v + j*row, row), att_s, dout, columns, D, rows, kv_mode, NULL, NULL);
+        multiply(rows_of(g.q + i*row, row), rows_of(dz, SIDE), k, rows, D, columns, q_mode, NULL, NULL);
+        multiply(rows_of(g.k + j*row, row), dz_s, q, columns, D, rows, kv_mode, NULL, NULL);
       }
   }
   profile_flop(5.0*B*T*T*C);
@@ -1151,7 +1134,11 @@ enum {
   CACHE_LINE = 64 / sizeof(real),
   AHEAD = 4096 / sizeof(real)            // how far ahead a panel is prefetched, in numbers
 };
-#define UNROLL _Pragma("GCC unroll 16")  // keeps the sums of a tile in registers
+#ifdef __clang__                         // keeps the sums of a tile in registers
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
 
 static Matrix part_of(Matrix m, long i, long j) { m.at += i*m.row + j*m.column; return m; }
 
@@ -1194,7 +1181,7 @@ static inline void tile_of(const int most, Matrix c, Matrix a, const real *panel
     }
   }
   UNROLL for (int i = 0; i < most; i++) {
-    if (i == rows) break;
+    if (i >= rows) continue;             // with `break`, clang would not unroll
     real *y = c.at + i*c.row, s[COLUMNS];
     const real *from = mode == ADD ? y : bias ? bias : zeros;
     if (columns == COLUMNS) {                    // the usual case: two whole vectors
@@ -1208,47 +1195,47 @@ static inline void tile_of(const int most, Matrix c, Matrix a, const real *panel
   }
 }
 
-// These are functions of their own on purpose: if they are inlined into the loops of multiply(),
-// GCC runs out of registers and spills the sums. The second is for few rows, as in generate.c.
+// A function of its own on purpose: if it is inlined into the loops of multiply(), GCC runs out of
+// registers and spills the sums. The second form is for few rows, as in generate.c.
+enum { FEW = 4 };
 __attribute__((noinline))
 static void tile(Matrix c, Matrix a, const real *panel, int rows, int columns, int depth, int mode,
                  const real *bias) {
-  tile_of(ROWS, c, a, panel, rows, columns, depth, mode, bias);
-}
-enum { FEW = 4 };
-__attribute__((noinline))
-static void tile_few(Matrix c, Matrix a, const real *panel, int rows, int columns, int depth,
-                     int mode, const real *bias) {
-  tile_of(FEW, c, a, panel, rows, columns, depth, mode, bias);
+  if (rows > FEW) tile_of(ROWS, c, a, panel, rows, columns, depth, mode, bias);
+  else tile_of(FEW, c, a, panel, rows, columns, depth, mode, bias);
 }
 
+// Weights that have been packed before, all of K: generate.c does that once. Training never does.
+static struct Packed { const real *weights, *panels; } *packed;
+static int n_packed;
+
 // The matmul of one thread, M <= MAX_ROWS. If B has been packed before, the panel that starts at
-// column j is at b.packed + j*K.
-static void multiply(Matrix c, Matrix a, Matrix b, int M, int N, int K, int mode,
-                     const real *bias) {
+// column j is at panels + j*K, else panels is NULL.
+static void multiply(Matrix c, Matrix a, Matrix b, int M, int N, int K, int mode, const real *bias,
+                     const real *panels) {
   static __thread real a_panels[MAX_ROWS * DEPTH] __attribute__((aligned(64)));
   static __thread real b_panel[DEPTH * COLUMNS] __attribute__((aligned(64)));
   assert(M <= MAX_ROWS);
   for (int k = 0, depth; k < K; k += depth) {
-    depth = b.packed && a.column == 1 ? K : MIN(DEPTH, K - k);
+    depth = panels && a.column == 1 ? K : MIN(DEPTH, K - k);
     Matrix a_k = part_of(a, 0, k);
     long step = a.row;                           // from one row of a_k to the next
     if (a.column != 1) {                         // rows i..i+ROWS-1, as columns of a panel
       for (int i = 0; i < M; i += ROWS)
         pack(a_panels + i*depth, ROWS, transpose(part_of(a_k, i, 0)), depth, MIN(ROWS, M - i));
-      Matrix packed = {a_panels, 1, ROWS, NULL};
-      a_k = packed;
+      Matrix panels_of_a = {a_panels, 1, ROWS};
+      a_k = panels_of_a;
       step = depth;
     }
     for (int j = 0; j < N; j += COLUMNS) {
       int columns = MIN(COLUMNS, N - j);
-      const real *panel = b.packed ? b.packed + (long)j*K + k*COLUMNS : b_panel;
-      if (!b.packed) pack(b_panel, COLUMNS, part_of(b, k, j), depth, columns);
+      const real *panel = panels ? panels + (long)j*K + k*COLUMNS : b_panel;
+      if (!panels) pack(b_panel, COLUMNS, part_of(b, k, j), depth, columns);
       for (int i = 0; i < M; i += ROWS) {
         int rows = MIN(ROWS, M - i);
-        Matrix a_i = {a_k.at + i*step, a_k.row, a_k.column, NULL};
-        (rows > FEW ? tile : tile_few)(part_of(c, i, j), a_i, panel, rows, columns, depth,
-                                       k > 0 ? ADD : mode, bias ? bias + j : NULL);
+        Matrix a_i = {a_k.at + i*step, a_k.row, a_k.column};
+        tile(part_of(c, i, j), a_i, panel, rows, columns, depth, k > 0 ? ADD : mode,
+             bias ? bias + j : NULL);
       }
     }
   }
@@ -1262,6 +1249,9 @@ static void matmul(Matrix c, Matrix a, Matrix b, int M, int N, int K, int mode, 
   int panels = (N + COLUMNS - 1) / COLUMNS, tiles = (M + ROWS - 1) / ROWS;
   int blocks = (M + MAX_ROWS - 1) / MAX_ROWS;    // more if there are fewer panels than threads
   blocks = MAX(blocks, MIN(tiles, (n_threads + panels - 1) / panels));
+  const real *packed_b = NULL;
+  for (int i = 0; i < n_packed; i++)
+    if (packed[i].weights == b.at) packed_b = packed[i].panels;
   parallel_for (part, n_threads) {
     long begin = (long)blocks * panels * part / n_threads;
     long end = (long)blocks * panels * (part + 1) / n_threads;
@@ -1270,10 +1260,8 @@ static void matmul(Matrix c, Matrix a, Matrix b, int M, int N, int K, int mode, 
       to = MIN(end, (block + 1) * panels);
       int i = tiles * block / blocks * ROWS, i1 = MIN(M, tiles * (block + 1) / blocks * ROWS);
       int j = from % panels * COLUMNS, j1 = MIN(N, j + (to - from) * COLUMNS);
-      Matrix b_j = part_of(b, 0, j);
-      if (b.packed) b_j.packed += (long)j*K;
-      multiply(part_of(c, i, j), part_of(a, i, 0), b_j, i1 - i, j1 - j, K, mode,
-               bias ? bias + j : NULL);
+      multiply(part_of(c, i, j), part_of(a, i, 0), part_of(b, 0, j), i1 - i, j1 - j, K, mode,
+               bias ? bias + j : NULL, packed_b ? packed_b + (long)j*K : NULL);
     }
   }
   profile_flop(2.0 * M * N * K);
@@ -1319,7 +1307,7 @@ static void add_loss(LossSums *sums, Tensor loss, Tensor correct, int N) {
 static void squared_norm(double *result, double *partial, const real *x, long n) {
   parallel_for (chunk, chunks(n)) {
     const real *from = x + chunk*CHUNK;
-    partial[chunk] = SUM(double, i, MIN(CHUNK, n - chunk*CHUNK), (double)from[i] * from[i]);
+    partial[chunk] = SUM(double, i, MIN((long)CHUNK, n - chunk*CHUNK), (double)from[i] * from[i]);
   }
   parallel_for (one, 1) {                        // work for one thread
     double sum = 0;
@@ -1332,17 +1320,12 @@ static void squared_norm(double *result, double *partial, const real *x, long n)
 // is a call). Write x = n ln 2 + r with |r| <= ln 2 / 2; then exp(x) = 2^n exp(r), and exp(r) is a
 // polynomial (Cephes). For x = 3: n = 4, r = 0.2274, exp(r) = 1.2553, times 2^4 = 20.085. The bits
 // of a float are sign, exponent + 127, fraction: so n + 127, shifted to the exponent, is 2^n. x is
-// clamped to -87 .. 88, where 2^n exists; the clamps compare integers, since GCC does not vectorise
-// those of floats here. A NaN becomes a number; update() finds NaN in the loss or in the gradient.
+// clamped to -87 .. 88, where 2^n exists. A NaN becomes -87; update() finds NaN in the loss or in
+// the gradient.
 static inline real exp_(real x) {
-  if (sizeof(real) == sizeof(double)) return (real)exp((double)x);
-  float y = (float)x;
-  uint32_t bits;
-  memcpy(&bits, &y, 4);
-  bits = bits > 0xc2ae0000u ? 0xc2ae0000u : bits;     // -87; as unsigned, smaller floats are larger
-  int32_t signed_bits = (int32_t)bits;
-  signed_bits = signed_bits > 0x42b00000 ? 0x42b00000 : signed_bits;   // 88
-  memcpy(&y, &signed_bits, 4);
+  if (sizeof(real) == sizeof(double)) return exp(x);
+  float y = (float)x > -87 ? (float)x : -87;
+  y = y < 88 ? y : 88;
   int32_t n = (int32_t)(y * 1.44269504f + 127.5f);    // n + 127, rounded to nearest
   float shift = (float)(n - 127), r = y - shift * 0.693359375f - shift * -2.12194440e-4f;
   float p = 1.9875691500e-4f;
@@ -1396,9 +1379,12 @@ static void *worker(void *id) {
   return NULL;
 }
 
-static const char *device_start(int threads) {
+static const char *device_start(int threads, const char *precision) {
+  if (strcmp(precision, "fp32"))
+    die("--precision %s: expected fp32 (./train_gpu also has tf32)", precision);
+  int running = n_threads;                       // by an earlier call
   n_threads = threads;
-  for (int i = 1; i < threads; i++) {
+  for (int i = running; i < threads; i++) {
     pthread_t thread;
     if (pthread_create(&thread, NULL, worker, (void *)(intptr_t)i))
       die("--threads %d, but the system allows only %d: lower it", threads, i);
@@ -1407,20 +1393,11 @@ static const char *device_start(int threads) {
   return "CPU";
 }
 
-static void device_precision(const char *name) {
-  if (strcmp(name, "fp32")) die("--precision %s: expected fp32 (./train_gpu also has tf32)", name);
-}
-
 static void launch(void (*work)(void *), void *argument) {
   launched_work = work; launched_argument = argument;
   barrier(NULL);
   work(argument);
   barrier(NULL);
-}
-
-static void launch_recorded(void (*work)(void *), void *argument, size_t bytes) {
-  (void)bytes;
-  launch(work, argument);
 }
 
 static void *device_alloc(size_t bytes) {
@@ -1440,20 +1417,39 @@ static void copy_out(void *host, const void *device, size_t bytes) { memcpy(host
 // ---- Helpers, for the host
 
 #ifndef PROGRAM
-#define PROGRAM "train"
+#define PROGRAM "train"                          // the name in its messages
 #endif
-static const char *program = PROGRAM;            // the name in its messages
 static int line_is_open;                         // by show(): a message must start on a new line
 
 static void die(const char *format, ...) {
+  char message[9000];                            // room for two paths
   va_list args;
   va_start(args, format);
-  fflush(stdout);
-  fprintf(stderr, "%s%s: ", line_is_open ? "\n" : "", program);
-  vfprintf(stderr, format, args);
-  fprintf(stderr, "\n");
+  vsnprintf(message, sizeof message, format, args);
   va_end(args);
+  for (char *c = message; *c; c++)               // what a file contains does nothing to a terminal
+    if ((unsigned char)*c < 32 || *c == 127) *c = '?';
+  fflush(stdout);
+  fprintf(stderr, "%s" PROGRAM ": %s\n", line_is_open ? "\n" : "", message);
   exit(1);
+}
+
+// A line on stderr that replaces itself, at most five times a second; nothing if stderr is not a
+// terminal. NULL clears it.
+__attribute__((format(printf, 1, 2)))
+static void show(const char *format, ...) {
+  static double shown;
+  if (format && (!isatty(2) || seconds() < shown + 0.2)) return;
+  if (line_is_open) fprintf(stderr, "\r\033[K");
+  line_is_open = format != NULL;
+  if (!format) return;
+  shown = seconds();
+  va_list args;
+  va_start(args, format);
+  fprintf(stderr, "\033[?7l");                   // a narrow terminal cuts the line
+  vfprintf(stderr, format, args);
+  fprintf(stderr, "\033[?7h");
+  va_end(args);
 }
 
 static void *host_alloc(void *p, size_t bytes) {
@@ -1489,8 +1485,6 @@ static double random_normal(uint64_t seed, uint64_t index) {   // Box and Muller
 // ===============================================================================================
 // The lesson ends here. The rest is plumbing: texts, checkpoints, log and plot, options.
 // ===============================================================================================
-
-static void show(const char *format, ...);       // a line about progress, see section 10
 
 // ---- 8. Data ----------------------------------------------------------------------------------
 // A token is a byte, so any file is a text. Its first 90 % are for training, the rest for
@@ -1619,6 +1613,7 @@ typedef struct {
   long stored;                                   // in the config.json that was read last
 } Option;
 extern Option train_options[];
+#define JSON_SPACE " \t\r\n"
 #define for_sizes(o) for (Option *o = train_options; o->name; o++) if (o->json)
 static const char *option_text(const Option *o, char *buffer);   // its value, as it would be typed
 
@@ -1688,6 +1683,13 @@ static void open_folder(void) {
 
 typedef struct { const char *prefix, *name; int rows, cols; const real *data; } NamedTensor;
 
+__attribute__((noreturn))
+static void not_finite(const NamedTensor *t) {
+  unlink(output.temporary);
+  die("%s%s has inf or nan: the last checkpoint is kept; lower --learning_rate", t->prefix,
+      t->name);
+}
+
 // Writes tensors that are on the device (cols 0: a vector). write_metadata, or NULL, writes
 // ,"key":"value" for each of its entries.
 static void write_safetensors(const char *folder, const char *file_name, const NamedTensor *list,
@@ -1711,8 +1713,10 @@ static void write_safetensors(const char *folder, const char *file_name, const N
   uint64_t header = ftell(f) - 8;
   for (const NamedTensor *t = list; t < list + n; t++) {
     bytes = (long)t->rows * MAX(t->cols, 1) * sizeof(real);
-    void *numbers = host_alloc(NULL, bytes);
+    real *numbers = (real *)host_alloc(NULL, bytes);
     copy_out(numbers, t->data, bytes);
+    for (long i = 0; i < bytes / (long)sizeof(real); i++)
+      if (!isfinite(numbers[i])) not_finite(t);  // the last update may have diverged
     output_write(numbers, bytes);
     free(numbers);
   }
@@ -1723,90 +1727,77 @@ static void write_safetensors(const char *folder, const char *file_name, const N
 }
 
 // A reader of JSON by search. Inside a JSON string a quote is escaped, so the text "key": stands
-// only where a member has this key. What follows it is checked where it is used, and never read
-// beyond the end of the Span.
-typedef struct { const char *at, *end; } Span;
+// only where a member has this key. What follows it is checked where it is used.
 
-static void skip_space(Span *s) {
-  while (s->at < s->end && isspace((unsigned char)*s->at)) s->at++;
-}
-
-static int starts_with(Span s, const char *text) {
-  size_t n = strlen(text);
-  return (size_t)(s.end - s.at) >= n && !memcmp(s.at, text, n);
-}
-
-// What follows "prefix+key": in s; an empty Span if that is not there.
-static Span json_find(Span s, const char *prefix, const char *key) {
+// What follows "prefix+key": in s; "" if that is not there.
+static const char *json_find(const char *s, const char *prefix, const char *key) {
   char quoted[160];
   snprintf(quoted, sizeof quoted, "\"%s%s\"", prefix, key);
-  for (; s.at < s.end; s.at++) {
-    if (*s.at != '"' || !starts_with(s, quoted)) continue;
-    Span after = {s.at + strlen(quoted), s.end};
-    skip_space(&after);
-    if (!starts_with(after, ":")) continue;
-    after.at++;
-    skip_space(&after);
-    return after;
+  while ((s = strstr(s, quoted))) {
+    s += strlen(quoted);
+    s += strspn(s, JSON_SPACE);
+    if (*s == ':') return s + 1 + strspn(s + 1, JSON_SPACE);
   }
-  return s;
+  return "";
 }
 
 // Reads [a,b,..] or a: whole numbers, at most `most`. Returns how many; -1: it is something else.
-static int json_integers(Span s, long *x, int most) {
-  int array = starts_with(s, "["), n = 0;
-  for (s.at += array; n < most; s.at++) {
-    skip_space(&s);
-    if (array && n == 0 && starts_with(s, "]")) return 0;
-    const char *first = s.at;
-    for (x[n] = 0; s.at < s.end && isdigit((unsigned char)*s.at) && s.at - first < 18; s.at++)
-      x[n] = 10*x[n] + (*s.at - '0');
-    if (s.at == first) return -1;
-    n++;
-    skip_space(&s);
-    if (starts_with(s, array ? "]" : "}") || (!array && starts_with(s, ","))) return n;
-    if (!starts_with(s, ",")) return -1;
+static int json_integers(const char *s, long *x, int most) {
+  int array = *s == '[', n = 0;
+  for (s += array; n < most; s++) {
+    s += strspn(s, JSON_SPACE);
+    if (array && n == 0 && *s == ']') return 0;
+    size_t digits = strspn(s, "0123456789");
+    if (digits == 0 || digits > (sizeof(long) == 8 ? 18 : 9)) return -1;
+    x[n++] = strtol(s, NULL, 10);
+    s += digits;
+    s += strspn(s, JSON_SPACE);
+    if (*s == (array ? ']' : '}') || (!array && *s == ',')) return n;
+    if (*s != ',') return -1;
   }
   return -1;
 }
 
 // Copies a string, at most size - 1 bytes, and decodes the escapes that write_string() writes.
 // Returns 0 if there is none.
-static int json_string(Span s, char *text, size_t size) {
+static int json_string(const char *s, char *text, size_t size) {
   size_t n = 0;
-  if (!starts_with(s, "\"")) return 0;
-  for (s.at++; s.at < s.end && *s.at != '"' && n < size - 1; n++) {
+  if (*s != '"') return 0;
+  for (s++; *s && *s != '"' && n < size - 1; n++) {
     unsigned code;
     char hex[3] = {0};
-    if (starts_with(s, "\\u00") && s.end - s.at >= 6) memcpy(hex, s.at + 4, 2);
+    if (!strncmp(s, "\\u00", 4)) strncpy(hex, s + 4, 2);
     int escaped = sscanf(hex, "%2x", &code) == 1;
-    text[n] = escaped ? (char)code : *s.at;
-    s.at += escaped ? 6 : 1;
+    text[n] = escaped ? (char)code : *s;
+    s += escaped ? 4 + strlen(hex) : 1;
   }
   text[n] = 0;
   return 1;
 }
 
-typedef struct { char path[4096]; Span file, header, numbers; } Safetensors;   // in memory
+typedef struct {                                 // a file that is open
+  char path[4096], *header;
+  FILE *file;
+  long begin, bytes;                             // where its numbers begin, how many bytes they are
+} Safetensors;
 typedef struct { char dtype[8]; int size, dims; long shape[8], offset[2]; } StoredTensor;
 
-// Reads a tensor's entry in the header, which begins at s. Its data_offsets must be as far apart as
-// dtype and shape say.
-static StoredTensor read_entry(const Safetensors *st, Span s) {
+// Reads a tensor's entry in the header, {..} at s. Its data_offsets must be as far apart as dtype
+// and shape say.
+static StoredTensor read_entry(const Safetensors *st, const char *s) {
   StoredTensor t;
+  char entry[400] = "";
+  size_t length = strcspn(s, "}") + 1;
   memset(&t, 0, sizeof t);
-  const char *close = (const char *)memchr(s.at, '}', s.end - s.at);
-  if (starts_with(s, "{") && close) s.end = close + 1;
-  json_string(json_find(s, "", "dtype"), t.dtype, sizeof t.dtype);
+  if (*s == '{' && length < sizeof entry) memcpy(entry, s, length);
+  json_string(json_find(entry, "", "dtype"), t.dtype, sizeof t.dtype);
   t.size = !strcmp(t.dtype, "BOOL") ? 1 : atoi(t.dtype + strcspn(t.dtype, "0123456789")) / 8;
-  t.dims = json_integers(json_find(s, "", "shape"), t.shape, 8);
-  int offsets = json_integers(json_find(s, "", "data_offsets"), t.offset, 2);
-  long bytes = t.size, most = st->file.end - st->file.at;
-  int d = 0;
-  for (; d < t.dims && bytes <= most / MAX(t.shape[d], 1); d++) bytes *= t.shape[d];
+  t.dims = json_integers(json_find(entry, "", "shape"), t.shape, 8);
+  int offsets = json_integers(json_find(entry, "", "data_offsets"), t.offset, 2), d = 0;
+  long bytes = t.size;
+  for (; d < t.dims && bytes <= LONG_MAX / MAX(t.shape[d], 1); d++) bytes *= t.shape[d];
   if (t.size < 1 || d != t.dims || offsets != 2 || t.offset[1] - t.offset[0] != bytes)
-    die("%s: dtype, shape and data_offsets do not fit together: %.*s", st->path,
-        (int)MIN(s.end - s.at, 100), s.at);
+    die("%s: dtype, shape and data_offsets do not fit together: %.100s", st->path, s);
   return t;
 }
 
@@ -1818,11 +1809,11 @@ static int by_offset(const void *a, const void *b) {
 
 // The tensors must fill the file: no holes, no overlaps, nothing after the last.
 static void check_offsets(const Safetensors *st) {
-  long (*range)[2] = NULL, n = 0, at = 0, bytes = st->numbers.end - st->numbers.at;
-  for (Span s = json_find(st->header, "", "data_offsets"); s.at < s.end;
-       s = json_find(s, "", "data_offsets"), n++) {
-    Span entry = s;                              // go back to where it begins
-    while (entry.at > st->header.at && *entry.at != '{') entry.at--;
+  long (*range)[2] = NULL, n = 0, at = 0;
+  const char *s = json_find(st->header, "", "data_offsets");
+  for (; *s; s = json_find(s + strcspn(s, "}"), "", "data_offsets"), n++) {
+    const char *entry = s;                       // go back to where it begins
+    while (entry > st->header && *entry != '{') entry--;
     if (n % 256 == 0) range = (long (*)[2])host_alloc(range, (n + 256) * sizeof *range);
     memcpy(range[n], read_entry(st, entry).offset, sizeof *range);
   }
@@ -1832,63 +1823,76 @@ static void check_offsets(const Safetensors *st) {
     if (range[i][0] != at)
       die("%s: a tensor begins at byte %ld of the numbers, expected %ld: damaged?", st->path,
           range[i][0], at);
-  if (at != bytes)
-    die("%s: its header describes %ld bytes of numbers, there are %ld: %s?", st->path, at, bytes,
-        bytes < at ? "truncated" : "damaged");
+  if (at != st->bytes)
+    die("%s: its header describes %ld bytes of numbers, there are %ld: %s?", st->path, at,
+        st->bytes, st->bytes < at ? "truncated" : "damaged");
   free(range);
 }
 
-// Maps a file into memory and checks its header; any fault ends the program.
+// Opens a file and checks its header; any fault ends the program.
 static Safetensors safetensors_open(const char *folder, const char *name) {
   Safetensors st;
   struct stat info;
+  unsigned char length[8] = {0};
   uint64_t size = 0;
   strcpy(st.path, path_of(folder, name));
-  int fd = open(st.path, O_RDONLY);
-  if (fd < 0 || fstat(fd, &info)) die("%s: %s", st.path, strerror(errno));
-  long bytes = S_ISREG(info.st_mode) ? (long)info.st_size : 0;
-  if (bytes < 8) die("%s is truncated, or not a file", st.path);
-  void *file = mmap(NULL, bytes, PROT_READ, MAP_PRIVATE, fd, 0);
-  if (file == MAP_FAILED) die("%s: %s", st.path, strerror(errno));
-  close(fd);
-  st.file.at = (const char *)file;
-  for (int i = 0; i < 8; i++) size |= (uint64_t)(unsigned char)st.file.at[i] << 8*i;
-  if (size > 100000000 || (long)size > bytes - 8)
+  st.file = fopen(st.path, "rb");
+  if (!st.file || fstat(fileno(st.file), &info)) die("%s: %s", st.path, strerror(errno));
+  if (!S_ISREG(info.st_mode) || fread(length, 1, 8, st.file) != 8)
+    die("%s is truncated, or not a file", st.path);
+  for (int i = 0; i < 8; i++) size |= (uint64_t)length[i] << 8*i;
+  if (size > 100000000 || (long)size > (long)info.st_size - 8)
     die("%s: its header should have %llu bytes, the file has %ld: truncated, or not safetensors?",
-        st.path, (unsigned long long)size, bytes);
-  st.header.at = st.file.at + 8;
-  st.header.end = st.numbers.at = st.header.at + size;
-  st.numbers.end = st.file.end = st.file.at + bytes;
+        st.path, (unsigned long long)size, (long)info.st_size);
+  st.header = (char *)host_alloc(NULL, size + 1);   // with a 0 at the end
+  if (fread(st.header, 1, size, st.file) != size) die("%s: %s", st.path, strerror(errno));
+  st.begin = 8 + (long)size;
+  st.bytes = (long)info.st_size - st.begin;
   check_offsets(&st);
   return st;
 }
 
 static void safetensors_close(Safetensors *st) {   // only then a replaced file's space is freed
-  munmap((void *)st->file.at, st->file.end - st->file.at);
+  fclose(st->file);
+  free(st->header);
 }
 
 // Finds a tensor; returns 0 if it is not there.
 static int find_tensor(const Safetensors *st, const char *prefix, const char *name,
                        StoredTensor *t) {
-  Span s = json_find(st->header, prefix, name);
-  if (s.at == s.end) return 0;
-  if (json_find(s, prefix, name).at < s.end) die("%s has two tensors %s", st->path, name);
+  const char *s = json_find(st->header, prefix, name);
+  if (!*s) return 0;
+  if (*json_find(s, prefix, name)) die("%s has two tensors %s", st->path, name);
   *t = read_entry(st, s);
   return 1;
 }
 
-// Number i of a tensor of any floating-point type.
-static double stored_number(const Safetensors *st, const StoredTensor *t, long i) {
-  const char *at = st->numbers.at + t->offset[0] + i * t->size;
+static double decode(const char *dtype, const char *at) {   // F64, F32, F16 or BF16
   double d; float f; uint16_t h; uint32_t w;
-  if (!strcmp(t->dtype, "F64")) { memcpy(&d, at, 8); return d; }
-  if (!strcmp(t->dtype, "F32")) { memcpy(&f, at, 4); return f; }
+  if (!strcmp(dtype, "F64")) { memcpy(&d, at, 8); return d; }
+  if (!strcmp(dtype, "F32")) { memcpy(&f, at, 4); return f; }
   memcpy(&h, at, 2);
-  if (!strcmp(t->dtype, "BF16")) { w = (uint32_t)h << 16; memcpy(&f, &w, 4); return f; }
+  if (*dtype == 'B') { w = (uint32_t)h << 16; memcpy(&f, &w, 4); return f; }
   int exponent = h >> 10 & 31, fraction = h & 1023;       // F16, IEEE binary16
   d = exponent == 0 ? ldexp(fraction, -24)
     : exponent == 31 ? (fraction ? NAN : INFINITY) : ldexp(1024 + fraction, exponent - 25);
   return h >> 15 ? -d : d;
+}
+
+// Reads the first n numbers of a tensor.
+static void read_numbers(const Safetensors *st, const StoredTensor *t, real *x, long n) {
+  enum { AT_ONCE = 4096 };
+  char buffer[AT_ONCE * 8];
+  if (strcmp(t->dtype, "F32") && strcmp(t->dtype, "F64") && strcmp(t->dtype, "F16") &&
+      strcmp(t->dtype, "BF16"))
+    die("%s: a tensor is %s, not F32, F64, F16 or BF16", st->path, t->dtype);
+  int failed = fseek(st->file, st->begin + t->offset[0], SEEK_SET);
+  for (long i = 0; i < n && !failed; i++) {
+    size_t part = MIN((long)AT_ONCE, n - i);
+    if (i % AT_ONCE == 0) failed = fread(buffer, t->size, part, st->file) != part;
+    x[i] = (real)decode(t->dtype, buffer + i % AT_ONCE * t->size);
+  }
+  if (failed) die("%s cannot be read: %s", st->path, strerror(errno));
 }
 
 // Reads a parameter to the device; with device NULL only checks that it is there in its shape. Of
@@ -1903,12 +1907,9 @@ static void read_parameter(const Safetensors *st, const char *prefix, const Entr
       (e->cols && t.shape[1] != e->cols))
     die("%s: %s has the shape [%ld,%ld], expected [%d,%d] (0: no such dimension)", st->path,
         e->name, t.shape[0], t.shape[1], e->rows, e->cols);
-  if (strcmp(t.dtype, "F32") && strcmp(t.dtype, "F64") && strcmp(t.dtype, "F16") &&
-      strcmp(t.dtype, "BF16"))
-    die("%s: %s is %s, not F32, F64, F16 or BF16", st->path, e->name, t.dtype);
   if (!device) return;
   real *x = (real *)host_alloc(NULL, entry_count(e) * sizeof(real));
-  for (long i = 0; i < entry_count(e); i++) x[i] = (real)stored_number(st, &t, i);
+  read_numbers(st, &t, x, entry_count(e));
   copy_in(device, x, entry_count(e) * sizeof(real));
   free(x);
 }
@@ -1933,16 +1934,17 @@ static void read_config(const char *folder) {
   char path[4096];
   long size;
   strcpy(path, path_of(folder, "config.json"));
-  char *all = read_file(path, &size);
-  Span json = {all, all + size};
+  char *json = read_file(path, &size);
   for (int i = 0; i < N_HF_CONFIG; i++) {
     const char *key = hf_config[i].key, *value = hf_config[i].value;
-    Span found = json_find(json, "", key);
+    const char *found = json_find(json, "", key);
+    size_t length = strcspn(found, ",}" JSON_SPACE);
     double number = strtod(value, NULL);                   // 0 if it is none
-    if (!hf_config[i].required || found.at == found.end || starts_with(found, value)) continue;
-    if (!number || strtod(found.at, NULL) != number)
-      die("%s: %s is %.*s, but this program supports only %s", path, key,
-          (int)strcspn(found.at, ",}\n"), found.at, value);
+    int same = number ? strtod(found, NULL) == number
+                      : length == strlen(value) && !memcmp(found, value, length);
+    if (hf_config[i].required && *found && !same)
+      die("%s: %s is %.*s, but this program supports only %s", path, key, (int)MIN(length, 40u),
+          found, value);
   }
   for_sizes (o) {
     int *now = (int *)o->value;
@@ -1957,7 +1959,7 @@ static void read_config(const char *folder) {
   }
   if (opt.config.n_embd % opt.config.n_head)
     die("%s: n_embd %d is not divisible by n_head %d", path, opt.config.n_embd, opt.config.n_head);
-  free(all);
+  free(json);
 }
 
 static int metadata(const Safetensors *st, const char *key, char *value) {   // of 4096 bytes
@@ -1983,11 +1985,6 @@ static void write_state(FILE *f) {   // all that --resume needs besides the tens
   write_string(f, "text", text.path);
   fprintf(f, ",\"step\":\"%ld\",\"text_hash\":\"%016llx\"", trainer[0].updates,
           (unsigned long long)text.hash);
-}
-
-static void measure_weights(void *model) {
-  Model *m = (Model *)model;
-  squared_norm(&m->sums->grad_norm2, m->partial, m->weights.data, m->n_weights);
 }
 
 // The parts of state.safetensors: the weights, and the state of the optimizer.
@@ -2031,14 +2028,7 @@ static void write_config(void) {
   output_close();
 }
 
-static void save(Trainer *t) {
-  Model *m = &t->model;
-  LossSums sums;
-  launch(measure_weights, m);                    // the last update may have diverged
-  copy_out(&sums, m->sums, sizeof sums);
-  if (!isfinite(sums.grad_norm2))
-    die("step %ld: a weight became inf or nan: the last checkpoint is kept; lower --learning_rate",
-        t->updates);
+static void save(const Trainer *t) {
   write_parts(t, "state.safetensors", 3, write_state);
   write_config();
   write_parts(t, "model.safetensors", 1, write_sizes);
@@ -2244,24 +2234,6 @@ static void write_plot(void) {
 }
 
 // ---- What is printed
-
-// A line on stderr that replaces itself, at most five times a second; nothing if stderr is not a
-// terminal. NULL clears it.
-__attribute__((format(printf, 1, 2)))
-static void show(const char *format, ...) {
-  static double shown;
-  if (format && (!isatty(2) || seconds() < shown + 0.2)) return;
-  if (line_is_open) fprintf(stderr, "\r\033[K");
-  line_is_open = format != NULL;
-  if (!format) return;
-  shown = seconds();
-  va_list args;
-  va_start(args, format);
-  fprintf(stderr, "\033[?7l");                   // a narrow terminal cuts the line
-  vfprintf(stderr, format, args);
-  fprintf(stderr, "\033[?7h");
-  va_end(args);
-}
 
 static const char *number(double x, int digits, char *out) {   // "-" if it is not known; 32 bytes
   snprintf(out, 32, isfinite(x) ? "%.*f" : "-", digits, x);
@@ -2532,12 +2504,6 @@ static const char *option_text(const Option *o, char *buffer) {   // as it would
   return buffer;
 }
 
-static int optimizer_named(const char *name) {
-  for (int i = 0; i < N_OPTIMIZERS; i++)
-    if (!strcmp(optimizers[i].name, name)) return i;
-  die("--optimizer %s is unknown; --help lists them", name);
-}
-
 static Option *option_of(void *value) {          // the row of ./train's table with this field
   Option *o = train_options;
   while (o->value != value) o++;
@@ -2636,8 +2602,7 @@ static void check_text(long part) {              // the smallest part that windo
 
 // Creates the model or models, from random weights, those of --init, or the saved state.
 static void open_trainers(Safetensors *state) {
-  const char *device = device_start(opt.threads);
-  device_precision(opt.precision);
+  const char *device = device_start(opt.threads, opt.precision);
   n_trainers = opt.compare ? 2 : 1;
   trainer[0].name = opt.compare ? "single-step" : "train";
   trainer[1].name = "multi-step";
@@ -2661,8 +2626,7 @@ static void open_trainers(Safetensors *state) {
 // --eval: the loss of all of TEXT.
 static void evaluate_text(void) {
   static Model m;
-  device_start(opt.threads);
-  device_precision(opt.precision);
+  device_start(opt.threads, opt.precision);
   model_layout(&m, opt.config, (long)opt.batch_size * opt.config.block_size, 0, 0);
   model_load(&m, opt.out);
   Evaluation e = evaluate(&m, 0, text.size);
@@ -2682,10 +2646,9 @@ int main(int argc, char **argv) {
   Safetensors state;
   opt.threads = (int)MAX(1, MIN(1024, sysconf(_SC_NPROCESSORS_ONLN)));
   parse_options(train_options, argc, argv, USAGE, &opt.text, 1);
-  signal(SIGINT, on_signal);
-  signal(SIGTERM, on_signal);
   signal(SIGXFSZ, SIG_IGN);                      // then the write fails, and says so
   if (opt.resume) {
+    if (!access(opt.out, F_OK)) open_folder();   // locked before its state is read
     state = safetensors_open(opt.out, "state.safetensors");
     read_options(&state);
   }
@@ -2698,7 +2661,9 @@ int main(int argc, char **argv) {
     return finish(0);
   }
   check_text(MIN(text.train_size, text.size - text.train_size));
-  open_folder();
+  if (!opt.resume) open_folder();
+  signal(SIGINT, on_signal);
+  signal(SIGTERM, on_signal);
   open_trainers(opt.resume ? &state : NULL);
   return finish(train());
 }

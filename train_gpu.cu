@@ -134,9 +134,6 @@ static __device__ real block_max(real x) {   // once in a kernel, like block_sum
 static __device__ __forceinline__ real exp_(real x) {
   return sizeof(real) == sizeof(float) ? (real)expf((float)x) : (real)exp((double)x);
 }
-static __device__ __forceinline__ real log_(real x) {
-  return sizeof(real) == sizeof(float) ? (real)logf((float)x) : (real)log((double)x);
-}
 static __device__ __forceinline__ real tanh_(real u) { return 1 - 2 / (exp_(2*u) + 1); }
 
 // ---- 4. The optimizer -------------------------------------------------------------------------
@@ -307,7 +304,7 @@ static __global__ void layernorm_forward_kernel(real *out, real *mean_rstd, cons
   for (int c = lane; c < C; c += 32) sum += x[n*C + c];
   real mean = warp_sum(sum) / C;
   for (int c = lane; c < C; c += 32) squares += (x[n*C + c] - mean) * (x[n*C + c] - mean);
-  real rstd = 1 / sqrt_(warp_sum(squares) / C + (real)1e-5);
+  real rstd = 1 / sqrt(warp_sum(squares) / C + (real)1e-5);
   for (int c = lane; c < C; c += 32) out[n*C + c] = (x[n*C + c] - mean) * rstd * w[c] + b[c];
   if (lane == 0) mean_rstd[2*n] = mean;
   if (lane == 0) mean_rstd[2*n + 1] = rstd;
@@ -346,7 +343,6 @@ static int slices_of(int N) { return MIN(COLUMN_SLICES, blocks(N, 4*WARPS)); }
 
 static __device__ void store_column(real *part, int c, int C, real sum) {
   __shared__ real sums[WARPS][32];
-  __syncthreads();                       // sums[] of the last call has been read
   sums[threadIdx.x / 32][threadIdx.x % 32] = sum;
   __syncthreads();                       // sums[] has been written
   if (threadIdx.x >= 32 || c >= C) return;
@@ -358,29 +354,26 @@ static __device__ void store_column(real *part, int c, int C, real sum) {
 static void add_slices(Matrix c, const real *part, int M, int N, int slices, int mode,
                        const real *bias);   // see section 6
 
-// dw[c] += sum_n dout[n,c] xhat[n,c]; db[c] += sum_n dout[n,c]
-static __global__ void layernorm_backward_wb(real *dw_part, real *db_part, const real *dout,
-                                             const real *mean_rstd, const real *x, int N, int C) {
+// dw[c] += sum_n dout[n,c] xhat[n,c]
+static __global__ void layernorm_backward_w(real *dw_part, const real *dout, const real *mean_rstd,
+                                            const real *x, int N, int C) {
   int c = blockIdx.x * 32 + threadIdx.x % 32;
-  real dw = 0, db = 0;
-  for (long n = ROW_OF_WARP_IN_SLICE; n < N && c < C; n += gridDim.y * WARPS) {
+  real dw = 0;
+  for (long n = ROW_OF_WARP_IN_SLICE; n < N && c < C; n += gridDim.y * WARPS)
     dw += dout[n*C + c] * ((x[n*C + c] - mean_rstd[2*n]) * mean_rstd[2*n + 1]);
-    db += dout[n*C + c];
-  }
   store_column(dw_part, c, C, dw);
-  store_column(db_part, c, C, db);
 }
 
 static void layernorm_backward(Tensor out, Tensor mean_rstd, Tensor x, WeightBias p, int N, int C) {
   int slices = slices_of(N);
-  real *dw = scratch, *db = scratch + (long)slices*C;
   dim3 grid(blocks(C, 32), slices);
   RUN(layernorm_backward_x<<<blocks(N, WARPS), THREADS, 0, stream>>>(
       x.grad, out.grad, mean_rstd.data, x.data, p.weight.data, N, C));
-  RUN(layernorm_backward_wb<<<grid, THREADS, 0, stream>>>(
-      dw, db, out.grad, mean_rstd.data, x.data, N, C));
-  add_slices(rows_of(p.weight.grad, C), dw, 1, C, slices, ADD, NULL);
-  add_slices(rows_of(p.bias.grad, C), db, 1, C, slices, ADD, NULL);
+  RUN(layernorm_backward_w<<<grid, THREADS, 0, stream>>>(
+      scratch, out.grad, mean_rstd.data, x.data, N, C));
+  add_slices(rows_of(p.weight.grad, C), scratch, 1, C, slices, ADD, NULL);
+  // db[c] += sum_n dout[n,c]
+  add_columns(p.bias.grad, out.grad, N, C);
 }
 
 // softmax cross-entropy: loss[n] = -log p[n,target[n]], p[n,v] = exp(logits[n,v] - row_lse[n]),
@@ -398,7 +391,7 @@ static __global__ void crossentropy_forward_kernel(real *loss, real *correct, re
   for (int v = threadIdx.x; v < V; v += blockDim.x) sum += exp_(logits_n[v] - max);
   sum = (real)block_sum(sum);
   if (threadIdx.x > 0) return;
-  row_lse[n] = max + log_(sum);
+  row_lse[n] = max + log(sum);
   loss[n] = row_lse[n] - logits_n[target[n]];
   correct[n] = logits_n[target[n]] == max;
 }
@@ -546,7 +539,7 @@ attention_forward_kernel(real *out, real *lse, const real *qkv, int T, int C, in
   int i = (gridDim.y - 1 - blockIdx.y) * SIDE;   // the last queries have most work: first
   long row = 3l*C;
   const real *q = qkv + b*T*row + h*D, *k = q + C, *v = k + C;
-  real scale = 1 / sqrt_(D), z[8][4], o[8][4] = {{0}}, max[8], sum[8];
+  real scale = 1 / sqrt((real)D), z[8][4], o[8][4] = {{0}}, max[8], sum[8];
   UNROLL for (int r = 0; r < 8; r++) max[r] = -INFINITY, sum[r] = 0;
   for (int j = 0; j <= i; j += SIDE) {
     dot_rows(z, x_tile, y_tile, q + i*row, T - i, k + j*row, T - j, row, row, D);
@@ -577,7 +570,7 @@ attention_forward_kernel(real *out, real *lse, const real *qkv, int T, int C, in
       sum[r] += __shfl_xor_sync(ALL_LANES, sum[r], lanes);
     UNROLL for (int c = 0; c < 4; c++) o[r][c] /= sum[r];
     if (TX == 0 && d0 == 0 && i + ROW_OF(r) < T)
-      lse[(long)blockIdx.x*T + i + ROW_OF(r)] = max[r] + log_(sum[r]);
+      lse[(long)blockIdx.x*T + i + ROW_OF(r)] = max[r] + log(sum[r]);
   }
   store_rows(out + ((long)b*T + i)*C + h*D + d0, C, T - i, D - d0, o);
 }
@@ -613,7 +606,7 @@ attention_backward_q(real *dqkv, const real *qkv, const real *dout, const real *
   long row = 3l*C, head = b*T*row + h*D, first = (long)blockIdx.x * T;   // of lse, dout_dot_out
   const real *q = qkv + head, *k = q + C, *v = k + C;
   const real *dout_i = dout + ((long)b*T + i)*C + h*D;
-  real scale = 1 / sqrt_(D), z[8][4], dz[8][4], dq[8][4] = {{0}}, lse_t[8], dot_t[8];
+  real scale = 1 / sqrt((real)D), z[8][4], dz[8][4], dq[8][4] = {{0}}, lse_t[8], dot_t[8];
   UNROLL for (int r = 0; r < 8; r++) {
     int t = i + ROW_OF(r);
     lse_t[r] = t < T ? lse[first + t] : 0;
@@ -643,7 +636,7 @@ attention_backward_kv(real *dqkv, const real *qkv, const real *dout, const real 
   int j = blockIdx.y * SIDE;
   long row = 3l*C, head = b*T*row + h*D, first = (long)blockIdx.x * T;
   const real *q = qkv + head, *k = q + C, *v = k + C;
-  real scale = 1 / sqrt_(D), z[8][4], dz[8][4], dk[8][4] = {{0}}, dv[8][4] = {{0}};
+  real scale = 1 / sqrt((real)D), z[8][4], dz[8][4], dk[8][4] = {{0}}, dv[8][4] = {{0}};
   for (int i = j; i < T; i += SIDE) {
     const real *dout_i = dout + ((long)b*T + i)*C + h*D;
     dot_rows(z, x_tile, y_tile, k + j*row, T - j, q + i*row, T - i, row, row, D);
@@ -937,6 +930,7 @@ static void matmul(Matrix c, Matrix a, Matrix b, int M, int N, int K, int mode, 
   int slices = (int)MIN(most, (2*multiprocessors + big - 1) / big);
   int is_big = big * MAX(slices, 1) >= multiprocessors, side = is_big ? BIG : 8;
   if (!is_big) slices = (int)MIN(most, 4*multiprocessors / small);
+  if (PLAIN) slices = 1;
   if (slices > 1) {
     p.c = rows_of(scratch, N); p.c_slice = (long)M*N; p.mode = SET; p.bias = NULL;
     p.slice = blocks(blocks(K, slices), DEEP) * DEEP;   // whole steps
@@ -1023,7 +1017,7 @@ static void squared_norm(double *result, double *partial, const real *x, long n)
 enum { SLOTS = 16, SLOT_BYTES = 256 << 10 };
 static struct { void *memory; cudaEvent_t sent; } slot[SLOTS];
 
-static const char *device_start(int threads) {
+static const char *device_start(int threads, const char *precision) {
   static char name[320];
   int devices = 0;
   (void)threads;                         // of the CPU
@@ -1041,6 +1035,12 @@ static const char *device_start(int threads) {
         cudaGetErrorString(error), gpu.major, gpu.minor);
   multiprocessors = gpu.multiProcessorCount;
   compute_capability = 10*gpu.major + gpu.minor;
+  use_tf32 = strcmp(precision, "tf32") == 0;
+  if (!use_tf32 && strcmp(precision, "fp32"))
+    die("--precision %s: expected fp32 or tf32", precision);
+  if (use_tf32 && compute_capability < 80)
+    die("--precision tf32 needs compute capability 8.0, this GPU has %d.%d: use fp32", gpu.major,
+        gpu.minor);
   if (stream) return name;               // a second call
   CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   for (int i = 0; i < SLOTS; i++) {
@@ -1053,14 +1053,6 @@ static const char *device_start(int threads) {
   snprintf(name, sizeof name, "%s, %d multiprocessors, %.0f GB", gpu.name, multiprocessors,
            gpu.totalGlobalMem / 1e9);
   return name;
-}
-
-static void device_precision(const char *name) {
-  use_tf32 = strcmp(name, "tf32") == 0;
-  if (!use_tf32 && strcmp(name, "fp32") != 0) die("--precision %s: expected fp32 or tf32", name);
-  if (use_tf32 && compute_capability < 80)
-    die("--precision tf32 needs compute capability 8.0, this GPU has %d.%d: use fp32",
-        compute_capability / 10, compute_capability % 10);
 }
 
 static void launch(void (*work)(void *), void *argument) { work(argument); }
