@@ -16,7 +16,7 @@
 // 6 speed, 7 options and main, 8 tests.
 //
 //   ./generate --prompt "Once"     a text from the model in run/
-//   ./generate --compare           greedy and beam search side by side; --help lists the rest
+//   ./generate --compare           greedy against beam search; --help lists the rest
 
 #define NO_MAIN   // train.c's
 #define PROGRAM "generate"
@@ -641,7 +641,7 @@ static Option generate_options[] = {
   INT(gen, beam, NULL, 1, 256, 0, "beam search with this many hypotheses"),
   INT(gen, samples, "1", 1, 256, 0, "texts to write at the same time"),
   INT(gen, seed, "1337", 0, 2147483647, 0, "of the random choices"),
-  FLAG(gen, compare, "greedy and beam search (of 4) side by side"),
+  FLAG(gen, compare, "greedy against beam search (of 4)"),
   WORD(gen, score, NULL, 0, "print the loss of this text, and end"),
   FLAG(gen, explain, "show what else each byte might have been"),
   WORD(gen, attention, NULL, 0, "draw what each head attends to in the prompt: an .svg file"),

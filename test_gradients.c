@@ -16,8 +16,8 @@
 //   ./test_gradients layernorm gelu      these layers; --help lists them
 //   ./test_gradients --save FILE, --against FILE     section 6
 //
-// This file is compiled into four programs: in double and in float, each with train.c or with the
-// kernels of train_gpu.cu. Each checks itself. In float finite differences of the layer would fail
+// This file becomes four programs: in double and in float, each with train.c or with the kernels of
+// train_gpu.cu. Each checks itself. In float finite differences of the layer would fail
 // (section 3 shows it), those of the plain version in double do not. And each compares a training
 // step of a small model, tensor by tensor, with what the first program has saved.
 //
@@ -773,7 +773,7 @@ static void check_sums(void) {
 }
 
 // ---- 3. The whole model -----------------------------------------------------------------------
-// A GPT of 4000 parameters on a text of 29 letters, with weights so large that each layer matters.
+// A GPT of 4236 parameters on a text of 29 letters, with weights so large that each layer matters.
 
 static const char POEM[] =   // Longfellow 1838
   "tell me not, in mournful numbers, life is but an empty dream. for the soul is dead that "
@@ -1104,30 +1104,40 @@ static void apply(Trainer *t, int optimizer, double rate, int counted) {
 
 // The same formulas as papers have them. A function for each name in the table of train.c: for a
 // new optimizer the compiler asks for its own.
-typedef struct { double w, m, v, rate, b1, b2; int step; } Plain;
-static void plain_sgd(Plain *p, double g) { p->w -= p->rate * g; }
-static void plain_momentum(Plain *p, double g) { p->m = p->b1 * p->m + g; p->w -= p->rate * p->m; }
+typedef struct { double w, m, v, rate, b1, b2, decay; int step; } Plain;
+static void plain_sgd(Plain *p, double g) { p->w -= p->rate * (g + p->decay * p->w); }
+static void plain_momentum(Plain *p, double g) {
+  p->m = p->b1 * p->m + g + p->decay * p->w;
+  p->w -= p->rate * p->m;
+}
 static void plain_adagrad(Plain *p, double g) {
+  g += p->decay * p->w;
   p->v += g*g;
   p->w -= p->rate * g / (sqrt(p->v) + 1e-8);
 }
 static void plain_rmsprop(Plain *p, double g) {
+  g += p->decay * p->w;
   p->v = p->b2 * p->v + (1 - p->b2) * g*g;
   p->w -= p->rate * g / (sqrt(p->v) + 1e-8);
 }
 static void plain_adadelta(Plain *p, double g) {
+  g += p->decay * p->w;
   p->v = p->b2 * p->v + (1 - p->b2) * g*g;
   double move = sqrt(p->m + 1e-6) / sqrt(p->v + 1e-6) * g;
   p->m = p->b2 * p->m + (1 - p->b2) * move*move;
   p->w -= p->rate * move;
 }
-static void plain_adam(Plain *p, double g) {
+static void adam_step(Plain *p, double g) {
   p->m = p->b1 * p->m + (1 - p->b1) * g;
   p->v = p->b2 * p->v + (1 - p->b2) * g*g;
   double m_hat = p->m / (1 - pow(p->b1, p->step)), v_hat = p->v / (1 - pow(p->b2, p->step));
   p->w -= p->rate * m_hat / (sqrt(v_hat) + 1e-8);
 }
-static void plain_adamw(Plain *p, double g) { plain_adam(p, g); }
+static void plain_adam(Plain *p, double g) { adam_step(p, g + p->decay * p->w); }
+static void plain_adamw(Plain *p, double g) {
+  p->w -= p->rate * p->decay * p->w;
+  adam_step(p, g);
+}
 
 #define PLAIN_STEP(name, ...) plain_##name,
 static void (*const plain_steps[])(Plain *, double) = {OPTIMIZERS(PLAIN_STEP)};
@@ -1147,7 +1157,7 @@ static double apart_from_formula(int optimizer) {
   double *w = new_doubles(n), *g = new_doubles(n), *got = new_doubles(n), apart = 0, change = 0;
   Plain *p = (Plain *)host_alloc(NULL, n * sizeof(Plain));
   for (long i = 0; i < n; i++) {
-    Plain fresh = {(real)random_normal(800, i), 0, 0, rate, b1, b2, 0};
+    Plain fresh = {(real)random_normal(800, i), 0, 0, rate, b1, b2, decay, 0};
     p[i] = fresh;
     w[i] = fresh.w;
   }
@@ -1163,11 +1173,8 @@ static double apart_from_formula(int optimizer) {
     put(s.w.grad, g, n);
     launch(one_step, &s);
     for (long i = begin; i < n; i++) {
-      double scaled = g[i] * clip / norm;
       p[i].step = step;
-      if (optimizers[optimizer].decay == COUPLED) scaled += decay * p[i].w;
-      else p[i].w -= rate * decay * p[i].w;
-      plain_steps[optimizer](&p[i], scaled);
+      plain_steps[optimizer](&p[i], g[i] * clip / norm);
     }
   }
   get(got, s.w.data, n);
@@ -1689,7 +1696,7 @@ static const char *running_kernel(void) { return NULL; }
 
 #else   // EMULATED, and this file includes itself for what follows
 // ---- 8. CUDA without a GPU --------------------------------------------------------------------
-// What a GPU does, in 350 lines, so that any machine can check and debug kernels. A launch names a
+// What a GPU does, in 420 lines, so that any machine can check and debug kernels. A launch names a
 // grid of blocks and the threads of a block; all run the same function and differ in threadIdx and
 // blockIdx only. Blocks know nothing of each other. The threads of a block share what is declared
 // __shared__, and wait for each other at __syncthreads(). 32 consecutive threads are a warp: they

@@ -1089,8 +1089,8 @@ static void matmul_plain(Matrix c, Matrix a, Matrix b, int M, int N, int K, int 
     }
 }
 
-// They load two numbers for each multiply-add and, unless b is transposed, each number of b from a
-// different cache line. Three steps make it fast. The picture is for 4 x 4 matrices and tiles of
+// Its inner loop loads two numbers for each multiply-add; unless b is transposed, those of b lie in
+// different cache lines. Three steps make it fast. The picture is for 4 x 4 matrices and tiles of
 // 2 x 2:
 //
 //            panel 0   panel 1      packed: panel 0                    panel 1
@@ -1600,7 +1600,7 @@ static Evaluation evaluate(Model *m, long begin, long end) {
 // An option is a row of the table in section 11; name is NULL after the last one. Sizes of the
 // model have a json name: their key in config.json.
 enum { SWITCH, INTEGER, NUMBER, TEXT };          // kinds: of int, int, double, const char *
-enum { PER_RUN, IN_STATE, FIXED };               // FIXED: saved, and --resume cannot change it
+enum { IN_STATE = 1, FIXED };                    // FIXED: saved, and --resume cannot change it
 typedef struct {
   const char *name, *json;
   int kind;
