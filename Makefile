@@ -11,8 +11,8 @@ CC ?= cc
 CXX ?= c++
 B = .build
 
-# -O3 and the machine's own instructions. Not -ffast-math, ever: it makes NaN checks vanish. What it
-# is good for is asked for alone: fused multiply-adds; sqrt and comparisons that need not set errno
+# -O3 and the machine's own instructions. Not -ffast-math, ever: it makes NaN checks vanish. Only its
+# harmless parts are asked for: fused multiply-adds; sqrt and comparisons that need not set errno
 # or trap. Wide vectors are asked for since compilers prefer half of what AVX-512 machines have.
 WARN = -Wall -Wextra
 have = $(shell mkdir -p $B; echo 'int main(void) { return 0; }' >$B/flag.c; \
@@ -40,7 +40,8 @@ run: train generate data/tales.txt
 	./generate --prompt "Once"
 
 # The gradient checker is one source and five programs: in double and in float, with train.c or with
-# the kernels; and with the plain matmul and attention in place of the fast ones. D is the folder of the sources: a student's, or a mutant's. EXTRA: more flags.
+# the kernels; and with the plain matmul and attention in place of the fast ones. D is the folder of
+# the sources: a student's, or a mutant's. EXTRA: more flags.
 D = .
 CHECKER = $D/test_gradients.c $D/train.c $(FLAGS)
 HAVE_CXX := $(shell $(CXX) --version >/dev/null 2>&1 && echo yes)
@@ -61,7 +62,8 @@ STEP = $B/step.safetensors
 test: train generate test_gradients test_gradients_float test_gradients_plain $(GPU_CHECKERS) $B/test_generate
 	@$(if $(HAVE_CXX),,echo "no C++ compiler ($(CXX)): the kernels are not checked here")
 	@./test_gradients --save $(STEP)
-	@.ci/tally ./test_gradients ./test_gradients_float "./test_gradients_plain linear lm_head attention" "./test_gradients_float --against $(STEP)" \
+	@.ci/tally ./test_gradients ./test_gradients_float \
+	  "./test_gradients_plain linear lm_head attention" "./test_gradients_float --against $(STEP)" \
 	  $(foreach g,$(GPU_CHECKERS),./$g "GPU_SEED=1 ./$g" "GPU_SEED=2 ./$g" \
 	    "./$g --against $(STEP)") $B/test_generate "SANITIZE=no .ci/generate.sh"
 
@@ -86,11 +88,13 @@ train_gpu: train_gpu.cu train.c $(FLAGS)
 	  @echo "no nvcc here, so no train_gpu: ./train does the same on the CPU")
 
 # The checker with the kernels: on the GPU where nvcc and a GPU are, else on the emulator in
-# test_gradients.c. One line of sed is all that it needs: kernel<<<grid, block, 0, stream>>>(x) becomes
-# LAUNCH(kernel, grid, block, 0, stream)(x). It runs CUDA blocks of 2 warps in double, of 8 in float.
+# test_gradients.c. One line of sed is all that it needs: kernel<<<grid, block, 0, stream>>>(x)
+# becomes LAUNCH(kernel, grid, block, 0, stream)(x), so <<< and >>> must stand on one line. It runs
+# CUDA blocks of 2 warps in double, of 8 in float.
 ON_GPU = $(and $(NVCC),$(HAS_GPU))
 HEADER = $(if $(filter .,$D),$B,$D)/train_gpu.h
-EMULATE = $(CXX) -x c++ -std=c++17 -g $(NATIVE) $(WARN) -DGPU '-DKERNELS="$(HEADER)"' -I. -I$D $(EXTRA)
+EMULATE = $(CXX) -x c++ -std=c++17 -g $(NATIVE) $(WARN) -DGPU '-DKERNELS="$(HEADER)"' -I. -I$D \
+  $(EXTRA)
 GPU_CHECK = $(if $(ON_GPU),$(NVCC) $(NVCCFLAGS) -x cu '-DKERNELS="train_gpu.cu"' $(EXTRA),$(EMULATE) -O2)
 
 $(HEADER): $D/train_gpu.cu

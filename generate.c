@@ -703,7 +703,7 @@ int main(int argc, char **argv) {
   take_prompt(config);
   int rows = gen.bench ? BENCH_ROWS : MAX(gen.beam, gen.samples);
   int cores = (int)MAX(1, MIN(1024, sysconf(_SC_NPROCESSORS_ONLN)));
-  int few = 700000;   // parameters: so few are read by one thread before others have joined it
+  int few = 700000;   // parameters: below this, one thread ends before others could help
   writer_layout(&w, config, rows, gen.bench ? 1024 : prompt.n + gen.tokens);
   device_start(gen.threads ? gen.threads : w.model.count < few ? 1 : cores, "fp32");
   if (random) model_allocate(&w.model), model_init(&w.model, 1);
@@ -888,7 +888,7 @@ static void test_beam(void) {
         "%.0e)", BYTES - 3, worst);
 }
 
-// The last of a tile's rows, or of a few, is to the bit the row that is written alone.
+// A row is bit for bit the same, written alone or as the last of many.
 static void test_rows(int rows) {
   enum { V = 33, BYTES = 40 };
   Writer many, one;

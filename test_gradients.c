@@ -16,8 +16,8 @@
 //   ./test_gradients layernorm gelu      these layers; --help lists them
 //   ./test_gradients --save FILE, --against FILE     section 6
 //
-// This file becomes four programs: in double and in float, each with train.c or with the kernels of
-// train_gpu.cu. Each checks itself. In float finite differences of the layer would fail
+// This file becomes several programs: in double and in float, each with train.c or with the kernels
+// of train_gpu.cu. Each checks itself. In float finite differences of the layer would fail
 // (section 3 shows it), those of the plain version in double do not. And each compares a training
 // step of a small model, tensor by tensor, with what the first program has saved.
 //
@@ -25,6 +25,7 @@
 // multi-step, 5 a model small enough to solve by hand, 6 somebody else's numbers, 7 main, 8 CUDA
 // without a GPU. To check a layer of your own, write it as squared_error in section 2 is written.
 
+// Without a GPU this file is compiled as two parts: first its end, section 8, then the rest.
 #if defined KERNELS && !defined __CUDACC__ && !defined EMULATED
 #define EMULATED
 #include "test_gradients.c"              // section 8 alone: what kernels need where no GPU is
@@ -104,8 +105,8 @@ typedef struct {
   long n;                                // length of out
 } Function;
 
-// df / dt for x[i] + t direction[i], at t = 0; direction NULL: 1. The differences are taken before
-// the sum, so what does not depend on x leaves no rounding error.
+// df / dt for x[i] + t direction[i], at t = 0; if direction is NULL, it is 1 for all i. The
+// differences are taken before the sum, so what does not depend on x leaves no rounding error.
 static double slope(Function f, double *x, long n, const double *direction) {
   const double h = 1.0 / 2048;
   double *before = new_doubles(n), *out[2] = {new_doubles(f.n), new_doubles(f.n)};
@@ -740,8 +741,8 @@ static void check_layers(const char **names, int n_names) {
 
 // ---- Sums over everything
 
-// Losses, correct predictions, squared norm: longer than a CUDA block or a chunk. What adds finds
-// something there.
+// Losses, correct predictions, squared norm: longer than a CUDA block or a chunk. Sums that add
+// start from other numbers than 0.
 typedef struct { Tensor loss, correct; LossSums *sums; double *partial; int n; } SumsCase;
 
 static void sum_twice(void *argument) {
@@ -981,8 +982,8 @@ static void show_float_differences(void) {
   run_piece(m, PIECE, 1.0 / (PIECE.B * PIECE.T));
   get(grad, m->wpe.grad, n);
   double apart = distance(model_slopes(m, wpe, PIECE, n), grad, n);
-  expect(apart > BAR, "finite differences in float", "of a right gradient are %.1e off: so they are "
-         "taken of plain versions in double", apart);
+  expect(apart > BAR, "finite differences in float", "of a right gradient are %.1e off: so they "
+         "are taken of plain versions in double", apart);
 }
 
 // A tensor core sees 10 of the 23 bits of a float: a number is off by up to 2^-11 of its size, by
@@ -1407,8 +1408,8 @@ static void check_threads(void) {   // the last check, since threads can only be
     double *more = numbers_after_updates(t);
     long differ = 0;
     for (long i = 0; i < n; i++) differ += memcmp(&one[i], &more[i], sizeof *one) != 0;
-    expect(!differ, threads == 2 ? "on 2 threads" : "on 5 threads", "%ld of %ld numbers differ from "
-           "those of 1", differ, n);
+    expect(!differ, threads == 2 ? "on 2 threads" : "on 5 threads", "%ld of %ld numbers differ "
+           "from those of 1", differ, n);
   }
 }
 
@@ -1993,7 +1994,7 @@ UNSEEN void run_grid(const char *kernel, dim3 grid, dim3 block, const std::funct
   if (!gpu.stacks) {
     const char *seed = getenv("GPU_SEED");
     gpu.random = seed ? strtoull(seed, NULL, 10) : 0;
-    gpu.stacks = (char *)mmap(NULL, 2l * MAX_THREADS * STACK, PROT_READ | PROT_WRITE,
+    gpu.stacks = (char *)mmap(NULL, 2L * MAX_THREADS * STACK, PROT_READ | PROT_WRITE,
                               MAP_PRIVATE | MAP_ANON | MAP_NORESERVE, -1, 0);
     TSAN(__tsan_java_init((uintptr_t)shared_begin, shared_end - shared_begin);)
   }

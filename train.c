@@ -1,5 +1,8 @@
 // train.c trains GPT-2 on any text file, on a CPU. The forward and backward pass of every layer is
-// written out by hand, in plain C. Its only dependencies are libc, libm and pthreads.
+// written out by hand, in plain C. Its only dependencies are libc, libm and pthreads. (Of what GCC
+// and clang add to C it uses: ({ ... }), a block whose last line is its value; __thread, a variable
+// of each thread's own; vector types, in the matmul; __atomic functions, in the barrier; #pragma in
+// the form _Pragma("..."); and __attribute__.)
 //
 // The whole model, where x[n,:] is the row of C numbers that stands for token n:
 //
@@ -64,23 +67,25 @@ typedef REAL real;
 typedef struct { real *data, *grad; } Tensor;
 typedef struct { Tensor weight, bias; } WeightBias;   // of a linear layer, or of a layernorm
 
-// A matrix inside an array: element (i,j) is at[i*row + j*column]. Transposing exchanges the two
+// A matrix inside an array: element (i,j) is at[i*down + j*right]. Transposing exchanges these two
 // strides and moves nothing.
-typedef struct { real *at; long row, column; } Matrix;
+typedef struct { real *at; long down, right; } Matrix;
 DEVICE static inline Matrix rows_of(real *at, long width) {
   Matrix m = {at, width, 1};
   return m;
 }
 DEVICE static inline Matrix transpose(Matrix m) {
-  Matrix t = {m.at, m.column, m.row};
+  Matrix t = {m.at, m.right, m.down};
   return t;
 }
 
 // The layer interface. Apart from optimizer_step() in section 4, only these functions compute with
-// tensors, and they exist twice: in this file for the CPU, in train_gpu.cu as CUDA kernels. All
-// other code calls them and exists once. The output is the first argument. The forward and the
-// backward pass of a layer take the same arguments, so that backward() is forward() read from
-// bottom to top. A backward pass either sets the gradient of an input (=) or adds to it (+=):
+// tensors, and they exist twice: in this file for the CPU, in train_gpu.cu as CUDA kernels. (Only
+// linear and lm_head do not: they call matmul(), which does.) All other code exists once.
+//
+// The output is the first argument. The forward and the backward pass of a layer take the same
+// arguments, so that backward() is forward() read from bottom to top. A backward pass either sets
+// the gradient of an input (=) or adds to it (+=):
 //
 //   parameters    += always, because gradients accumulate over micro-batches, and over the two
 //                    uses of wte
@@ -107,7 +112,7 @@ LAYER_INTERFACE(crossentropy, Tensor loss, Tensor correct, Tensor row_lse, Tenso
 LAYER_INTERFACE(attention, Tensor out, Tensor lse, Tensor qkv, int B, int T, int C, int H);
 
 // What layers are made of. matmul multiplies an (M,K) by a (K,N) matrix. mode SET: c = a b + bias,
-// where bias may be NULL; ADD: c += a b, and bias is ignored. c.column must be 1.
+// where bias may be NULL; ADD: c += a b, and bias is ignored. c.right must be 1.
 enum { SET, ADD };
 static void matmul(Matrix c, Matrix a, Matrix b, int M, int N, int K, int mode, const real *bias);
 static void add_columns(real *sum, const real *x, int N, int O);   // sum[o] += sum_n x[n,o]
@@ -120,18 +125,19 @@ static void squared_norm(double *result, double *partial, const real *x, long n)
 
 // Device memory; for the CPU that is just memory. Sizes are in bytes. If there is no device, or no
 // memory, the program ends.
-static const char *device_start(int threads, const char *precision);   // returns its name; precision
-                                                   // of matmul: "fp32", or "tf32" on a GPU
+// Starts the device and returns its name; precision is that of matmul: "fp32", or "tf32" on a GPU.
+static const char *device_start(int threads, const char *precision);
 static void *device_alloc(size_t bytes);           // zeroed
 static void copy_in(void *device, const void *host, size_t bytes);
 static void copy_out(void *host, const void *device, size_t bytes);
 static double device_bytes;                        // total allocated by device_alloc()
 
-// launch() calls work(argument) on every thread and returns when all are done: the functions from
-// residual_forward to squared_norm must be called inside a launch, since all threads share their
-// work. launch_recorded() does the same, but a GPU records the kernels and replays them when the
-// argument has the same bytes again. So what differs between micro-batches, like their tokens, must
-// be in device memory.
+// launch() calls work(argument) on every thread and returns when all are done. (On a GPU it queues
+// kernels and returns at once; copy_out() waits for them.) The functions from residual_forward to
+// squared_norm must be called inside a launch, since all threads share their work.
+// launch_recorded() does the same, but a GPU records the kernels and replays them when the argument
+// has the same bytes again. So what differs between micro-batches, like their tokens, must be in
+// device memory.
 static void launch(void (*work)(void *), void *argument);
 #ifdef GPU
 static void launch_recorded(void (*work)(void *), void *argument, size_t bytes);
@@ -150,7 +156,8 @@ static void launch_recorded(void (*work)(void *), void *argument, size_t bytes);
 //     lock, and each sum is added in one order: results are bit for bit the same on any number of
 //     threads.
 // parallel_for (part, n_threads) gives each thread one iteration, and parallel_for (one, 1) runs
-// its body on a single thread.
+// its body on a single thread. In the macro, the outer loop runs once and ends with the barrier;
+// the inner loop is this thread's share.
 static int n_threads = 1;
 static __thread int thread_id;
 static void barrier(const char *function);         // see section 7
@@ -201,8 +208,8 @@ typedef struct {                       // its activations, in the order in which
 } Activations;
 
 // Where an activation's data, or its gradient, is stored. The data are kept until the backward pass
-// has read them. A gradient is read at once, by the layer below, and never again: so all blocks
-// share a few gradient buffers. In the order of the backward pass, from the top of a block down:
+// has read them. A gradient is needed only until the layer below has read it: so all blocks share a
+// few gradient buffers. In the order of the backward pass, from the top of a block down:
 //
 //   activation  shape   data    gradient   why the gradient may be there
 //   x           (N,C)   OWN     RESIDUAL   x = x_mid + mlp_proj: the gradients of all three are
@@ -212,10 +219,12 @@ typedef struct {                       // its activations, in the order in which
 //   ln_2        (N,C)   OWN     BRANCH
 //   x_mid       (N,C)   OWN     RESIDUAL   layernorm_backward adds to what residual_backward set
 //   attn_proj   (N,C)   PROJ    RESIDUAL
-//   attn        (N,C)   OWN     BRANCH     layernorm_backward of ln_2 has read the last BRANCH
+//   attn        (N,C)   OWN     BRANCH     free again: layernorm_backward has read ln_2's gradient
 //   qkv         (N,3C)  OWN     QKV
-//   ln_1        (N,C)   OWN     BRANCH     attention_backward has read the last BRANCH
+//   ln_1        (N,C)   OWN     BRANCH     free again: attention_backward has read attn's gradient
 //
+// Outside of the blocks: embedding is OWN, RESIDUAL; x_f is OWN, BRANCH; the gradient of logits,
+// the largest activation, overwrites its data (IN_PLACE).
 // PROJ is read once, by the next residual_forward, so all blocks can share it. The backward pass
 // reads all other data again.
 enum Place {
@@ -252,8 +261,9 @@ typedef struct {
 
   Entry *parameter, *activation;       // the lists
   int n_parameters, n_activations;
-  Tensor weights;                      // all parameters, one after the other: matrices, then
-  long n_matrices, n_vectors, n_weights;   // vectors, since weight decay is for matrices only
+  Tensor weights;                      // all parameters, one after the other: first the matrices,
+                                       //   then the vectors, since only matrices decay
+  long n_matrices, n_vectors, n_weights;   // numbers in all matrices, in all vectors, in both
   real *memory;                        // all activations and their gradients
   long n_memory, shared_at[N_PLACES];  // -1: this buffer has no place yet
   long count;                          // of parameters, without the padding in n_weights
@@ -293,7 +303,8 @@ static void add_parameter(Model *m, Tensor *t, int rows, int cols, double mean, 
                           const char *name, int layer) {
   Entry *e = add_entry(&m->parameter, &m->n_parameters, t, rows, cols, name, layer);
   e->mean = mean; e->std = std;
-  e->data_at = place(e, cols ? &m->n_matrices : &m->n_vectors);   // among its own; see below
+  // counted from the first matrix, or the first vector; model_layout() adds what is before that
+  e->data_at = place(e, cols ? &m->n_matrices : &m->n_vectors);
   m->count += entry_count(e);
 }
 
@@ -358,7 +369,7 @@ static void layout(Model *m) {
   add_activation(m, &m->correct, 0, OWN, NONE, "correct", 0);
 }
 
-// Squared norms and optimizers work on chunks of so many numbers.
+// Squared norms and optimizers work on chunks of CHUNK numbers.
 enum { CHUNK = 4096 };
 static long chunks(long n) { return (n + CHUNK - 1) / CHUNK; }
 
@@ -465,8 +476,8 @@ static void backward(Model *m, int B, int T, real dloss) {
 }
 
 // The work of one launch: forward, the losses added to m->sums, and backward unless dloss is 0.
-typedef struct { Model *model; int B, T; double dloss; } MicroBatch;   // without padding: see
-                                                                      // launch_recorded()
+// (This struct must have no padding, whose bytes are undefined: launch_recorded() compares bytes.)
+typedef struct { Model *model; int B, T; double dloss; } MicroBatch;
 
 static void run_micro_batch(void *argument) {
   MicroBatch *b = (MicroBatch *)argument;
@@ -498,7 +509,9 @@ static double model_flop(const Model *m, double N, double T) {
 // A row for each optimizer: its name; its default learning rate; whether weight decay is COUPLED,
 // which adds it to the gradient, or DECOUPLED (Loshchilov and Hutter 2019); and a formula for the
 // step d that is subtracted from a weight with gradient g: w -= learning_rate * d. m and v are its
-// state, two numbers for each weight, initially 0. A new row adds an optimizer everywhere.
+// state, two numbers for each weight, initially 0. A new row adds an optimizer everywhere:
+// OPTIMIZERS(X) writes X(sgd, 1e-1, ..) X(momentum, 1e-2, ..) and so on, for any macro X. With NAME
+// that becomes an enum, with TABLE_ROW a table, with CASE and LOOP the cases of a switch.
 #define OPTIMIZERS(ROW)                                                                            \
   ROW(sgd,      1e-1, COUPLED,   d = g)                                  /* Robbins, Monro 1951 */ \
   ROW(momentum, 1e-2, COUPLED,   m = beta1*m + g;  d = m)                /* Polyak 1964 */         \
@@ -672,7 +685,7 @@ static void update(Trainer *t) {
     load_micro_batch(m, t->updates * t->accumulate + k);
     launch_recorded(run_micro_batch, &batch, sizeof batch);
   }
-  t->config = optimizer_config(t);
+  t->config = optimizer_config(t);     // with another learning rate each time: not to be recorded
   launch(apply_gradients, t);
   copy_out(&sums, m->sums, sizeof sums);   // waits until a GPU has finished
   t->updates++;
@@ -688,9 +701,9 @@ static void update(Trainer *t) {
   log_update(t);
 }
 
-// The training loop. It evaluates and saves before the first update, every --eval_interval updates
-// and after the last one (with 0 it only saves, at the end), and it saves when Ctrl-C stops it.
-// Returns the exit code of the program.
+// The training loop. It evaluates before the first update; every --eval_interval updates and after
+// the last one it evaluates and saves (with 0 it only saves, at the end); and it saves when Ctrl-C
+// stops it. Returns the exit code of the program.
 static int train(void) {
   Trainer *t = &trainer[0];
   int every = opt.eval_interval;
@@ -922,7 +935,8 @@ static void crossentropy_backward(Tensor loss, Tensor correct, Tensor row_lse, T
 //   0          D                C                           2C                          3C
 //
 // Only lse is kept for backward, not att: T numbers a head, not T*T.
-typedef struct { real *q, *k, *v, *out, *lse; } Head;   // the next row: 3C further, in out C
+typedef struct { real *q, *k, *v, *out, *lse; } Head;   // of token 0; those of the next
+                                                 // are 3C numbers on, in out C
 
 static Head head_of(real *qkv, real *out, real *lse, long bh, int T, int C, int H) {
   long b = bh / H, h = bh % H, D = C / H;
@@ -1054,20 +1068,22 @@ static void attention_backward(Tensor out, Tensor lse, Tensor qkv, int B, int T,
         Matrix q = rows_of(a.q + i*row, row), k = rows_of(a.k + j*row, row);
         Matrix v = rows_of(a.v + j*row, row), dout = rows_of(g.out + i*C, C);
         multiply(rows_of(att, SIDE), q, transpose(k), rows, columns, D, SET, NULL, NULL);
-        multiply(rows_of(dz, SIDE), dout, transpose(v), rows, columns, D, SET, NULL, NULL);   // datt
+        multiply(rows_of(dz, SIDE), dout, transpose(v), rows, columns, D, SET, NULL, NULL);
         for (int t = 0; t < rows; t++) {
           real *att_t = att + t*SIDE, *dz_t = dz + t*SIDE;
           const real *out_t = a.out + (i + t)*C, *dout_t = dout.at + t*C;
           real dout_dot_out = SUM(real, d, D, dout_t[d] * out_t[d]);
           exp_of_scores(att_t, MIN(columns, i + t - j + 1), columns, a.lse[i + t], scale);
-          for (int s = 0; s < columns; s++) dz_t[s] = att_t[s] * (dz_t[s] - dout_dot_out) * scale;
+          for (int s = 0; s < columns; s++)      // dz[] had datt until now
+            dz_t[s] = att_t[s] * (dz_t[s] - dout_dot_out) * scale;
         }
         // The first tile that contributes to a row of dq, dk or dv sets it, later ones add. For
         // queries that is the tile of key 0; for keys the tile on the diagonal.
         int q_mode = j > 0 ? ADD : SET, kv_mode = i > j ? ADD : SET;
         Matrix att_s = transpose(rows_of(att, SIDE)), dz_s = transpose(rows_of(dz, SIDE));
         multiply(rows_of(g.v + j*row, row), att_s, dout, columns, D, rows, kv_mode, NULL, NULL);
-        multiply(rows_of(g.q + i*row, row), rows_of(dz, SIDE), k, rows, D, columns, q_mode, NULL, NULL);
+        multiply(rows_of(g.q + i*row, row), rows_of(dz, SIDE), k, rows, D, columns, q_mode, NULL,
+                 NULL);
         multiply(rows_of(g.k + j*row, row), dz_s, q, columns, D, rows, kv_mode, NULL, NULL);
       }
   }
@@ -1075,16 +1091,15 @@ static void attention_backward(Tensor out, Tensor lse, Tensor qkv, int B, int T,
 }
 
 // ---- 6. Matmul, sums and exp ------------------------------------------------------------------
-// The matmul takes three quarters of the time of a training step. It and attention are the only
-// code here that is written for speed. First the six lines that it replaces, which compute the
-// same:
+// The matmul takes three quarters of the time of a training step, so most of what is complicated
+// here is spent on it. First the six lines that it replaces, which compute the same:
 
 static void matmul_plain(Matrix c, Matrix a, Matrix b, int M, int N, int K, int mode,
                          const real *bias) {
   parallel_for (i, M)
     for (int j = 0; j < N; j++) {
-      real sum = 0, *y = c.at + i*c.row + j;
-      for (int k = 0; k < K; k++) sum += a.at[i*a.row + k*a.column] * b.at[k*b.row + j*b.column];
+      real sum = 0, *y = c.at + i*c.down + j;
+      for (int k = 0; k < K; k++) sum += a.at[i*a.down + k*a.right] * b.at[k*b.down + j*b.right];
       *y = sum + (mode == ADD ? *y : bias ? bias[j] : 0);
     }
 }
@@ -1106,8 +1121,9 @@ static void matmul_plain(Matrix c, Matrix a, Matrix b, int M, int N, int K, int 
 //      columns. A step of k loads 2 vectors of B and ROWS numbers of A for 2*ROWS vector
 //      multiply-adds, so the more sums there are, the fewer loads each needs. Besides, a core can
 //      start two multiply-adds in a cycle but needs 4 cycles for each: 8 or more independent sums
-//      keep it busy. The limit is the number of registers: a tile of 12 x 2 uses 27 of 32. (In
-//      BLIS: MR = ROWS, NR = COLUMNS, KC = DEPTH.)
+//      keep it busy. The limit is the number of registers: a tile of 12 x 2 uses 27 of 32. (14 x 2
+//      would just fit, but was measured to be 3 % slower. In BLIS: MR = ROWS, NR = COLUMNS, KC =
+//      DEPTH.)
 //   2. B is packed: a panel of DEPTH x COLUMNS numbers is copied so that they are consecutive in
 //      the order in which the tile reads them, whatever the strides of B. The panel stays in the
 //      core's cache while the tiles of all rows of A read it. A is read in place, unless it is
@@ -1121,7 +1137,7 @@ enum { VECTOR_BYTES = 64, ROWS = 12 };   // of 32 registers: 12 x 2 sums, 2 of B
 #elif defined __AVX__
 enum { VECTOR_BYTES = 32, ROWS = 6 };    // of 16 registers: 6 x 2 sums, 2 of B, 1 of A
 #elif defined __aarch64__
-enum { VECTOR_BYTES = 16, ROWS = 8 };    // of 32 registers of NEON
+enum { VECTOR_BYTES = 16, ROWS = 8 };    // of 32 registers of NEON: 8 x 2 sums, 2 of B, 8 of A
 #else
 enum { VECTOR_BYTES = 16, ROWS = 4 };    // of 16 registers of SSE2, or whatever there is
 #endif
@@ -1140,23 +1156,23 @@ enum {
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
 
-static Matrix part_of(Matrix m, long i, long j) { m.at += i*m.row + j*m.column; return m; }
+static Matrix part_of(Matrix m, long i, long j) { m.at += i*m.down + j*m.right; return m; }
 
 // Copies a matrix of depth x columns into a panel of depth x width, and pads it with zeros.
 __attribute__((always_inline))
 static inline void pack(real *panel, int width, Matrix m, int depth, int columns) {
   int k = 0;
-  if (columns == width && m.column == 1)
-    for (; k < depth; k++) memcpy(panel + k*width, m.at + k*m.row, width * sizeof(real));
-  if (columns == width && m.row == 1)    // transposed: a cache line of each column at a time
+  if (columns == width && m.right == 1)
+    for (; k < depth; k++) memcpy(panel + k*width, m.at + k*m.down, width * sizeof(real));
+  if (columns == width && m.down == 1)    // transposed: a cache line of each column at a time
     for (; k + CACHE_LINE <= depth; k += CACHE_LINE)
       for (int j = 0; j < width; j++) {
-        __builtin_prefetch(m.at + k + (j + width)*m.column);   // the next panel's
-        for (int i = 0; i < CACHE_LINE; i++) panel[(k + i)*width + j] = m.at[k + i + j*m.column];
+        __builtin_prefetch(m.at + k + (j + width)*m.right);   // the next panel's
+        for (int i = 0; i < CACHE_LINE; i++) panel[(k + i)*width + j] = m.at[k + i + j*m.right];
       }
   for (; k < depth; k++)
     for (int j = 0; j < width; j++)
-      panel[k*width + j] = j < columns ? m.at[k*m.row + j*m.column] : 0;
+      panel[k*width + j] = j < columns ? m.at[k*m.down + j*m.right] : 0;
 }
 
 // One tile: c[i,j] = sum_k a[i,k] panel[k,j] + (c[i,j] if mode is ADD, else bias[j] or 0), for
@@ -1168,21 +1184,21 @@ static inline void tile_of(const int most, Matrix c, Matrix a, const real *panel
   vec sum[ROWS][2];
   const real *a_row[ROWS];
   UNROLL for (int i = 0; i < most; i++) {
-    a_row[i] = a.at + MIN(i, rows - 1)*a.row;    // missing rows repeat the last
+    a_row[i] = a.at + MIN(i, rows - 1)*a.down;    // missing rows repeat the last
     sum[i][0] = sum[i][1] = (vec){0};
   }
   for (int k = 0; k < depth; k++, panel += COLUMNS) {
     for (int j = 0; j < COLUMNS; j += CACHE_LINE) __builtin_prefetch(panel + AHEAD + j);
     vec b0 = *(const vec *)panel, b1 = *(const vec *)(panel + VECTOR);
     UNROLL for (int i = 0; i < most; i++) {
-      real x = a_row[i][k*a.column];
+      real x = a_row[i][k*a.right];
       sum[i][0] += x * b0;
       sum[i][1] += x * b1;
     }
   }
   UNROLL for (int i = 0; i < most; i++) {
     if (i >= rows) continue;             // with `break`, clang would not unroll
-    real *y = c.at + i*c.row, s[COLUMNS];
+    real *y = c.at + i*c.down, s[COLUMNS];
     const real *from = mode == ADD ? y : bias ? bias : zeros;
     if (columns == COLUMNS) {                    // the usual case: two whole vectors
       vec y0 = sum[i][0] + *(const vec *)from, y1 = sum[i][1] + *(const vec *)(from + VECTOR);
@@ -1205,7 +1221,8 @@ static void tile(Matrix c, Matrix a, const real *panel, int rows, int columns, i
   else tile_of(FEW, c, a, panel, rows, columns, depth, mode, bias);
 }
 
-// Weights that have been packed before, all of K: generate.c does that once. Training never does.
+// Weights that have been packed in advance, in panels of the full depth K: generate.c does that
+// once, training never does.
 static struct Packed { const real *weights, *panels; } *packed;
 static int n_packed;
 
@@ -1217,10 +1234,10 @@ static void multiply(Matrix c, Matrix a, Matrix b, int M, int N, int K, int mode
   static __thread real b_panel[DEPTH * COLUMNS] __attribute__((aligned(64)));
   assert(M <= MAX_ROWS);
   for (int k = 0, depth; k < K; k += depth) {
-    depth = panels && a.column == 1 ? K : MIN(DEPTH, K - k);
+    depth = panels && a.right == 1 ? K : MIN(DEPTH, K - k);   // all at once if nothing is packed
     Matrix a_k = part_of(a, 0, k);
-    long step = a.row;                           // from one row of a_k to the next
-    if (a.column != 1) {                         // rows i..i+ROWS-1, as columns of a panel
+    long step = a.down;                          // ROWS rows begin at i*step, i a multiple of ROWS
+    if (a.right != 1) {                          // once packed, they are ROWS*depth numbers
       for (int i = 0; i < M; i += ROWS)
         pack(a_panels + i*depth, ROWS, transpose(part_of(a_k, i, 0)), depth, MIN(ROWS, M - i));
       Matrix panels_of_a = {a_panels, 1, ROWS};
@@ -1233,7 +1250,7 @@ static void multiply(Matrix c, Matrix a, Matrix b, int M, int N, int K, int mode
       if (!panels) pack(b_panel, COLUMNS, part_of(b, k, j), depth, columns);
       for (int i = 0; i < M; i += ROWS) {
         int rows = MIN(ROWS, M - i);
-        Matrix a_i = {a_k.at + i*step, a_k.row, a_k.column};
+        Matrix a_i = {a_k.at + i*step, a_k.down, a_k.right};
         tile(part_of(c, i, j), a_i, panel, rows, columns, depth, k > 0 ? ADD : mode,
              bias ? bias + j : NULL);
       }
@@ -1242,8 +1259,9 @@ static void multiply(Matrix c, Matrix a, Matrix b, int M, int N, int K, int mode
 }
 
 // The matmul of all threads. C is cut into blocks of rows, about equally high, and each block into
-// panels of columns. A thread takes consecutive panels, and those of one block in one multiply(),
-// so that it packs a transposed A only once for them.
+// panels of columns: 100 rows are 9 tiles of 12, so 2 blocks have 4 and 5 tiles, rows 0..47 and
+// 48..99. A thread takes consecutive panels, and those of one block in one multiply(), so that it
+// packs a transposed A only once for them.
 static void matmul(Matrix c, Matrix a, Matrix b, int M, int N, int K, int mode, const real *bias) {
   if (PLAIN) { matmul_plain(c, a, b, M, N, K, mode, bias); return; }
   int panels = (N + COLUMNS - 1) / COLUMNS, tiles = (M + ROWS - 1) / ROWS;
@@ -1321,13 +1339,13 @@ static void squared_norm(double *result, double *partial, const real *x, long n)
 // polynomial (Cephes). For x = 3: n = 4, r = 0.2274, exp(r) = 1.2553, times 2^4 = 20.085. The bits
 // of a float are sign, exponent + 127, fraction: so n + 127, shifted to the exponent, is 2^n. x is
 // clamped to -87 .. 88, where 2^n exists. A NaN becomes -87; update() finds NaN in the loss or in
-// the gradient.
+// the gradient. (*: ln 2 in two parts. The first has few bits, so that shift times it is exact.)
 static inline real exp_(real x) {
   if (sizeof(real) == sizeof(double)) return exp(x);
   float y = (float)x > -87 ? (float)x : -87;
   y = y < 88 ? y : 88;
   int32_t n = (int32_t)(y * 1.44269504f + 127.5f);    // n + 127, rounded to nearest
-  float shift = (float)(n - 127), r = y - shift * 0.693359375f - shift * -2.12194440e-4f;
+  float shift = (float)(n - 127), r = y - shift * 0.693359375f - shift * -2.12194440e-4f;   // *
   float p = 1.9875691500e-4f;
   p = p*r + 1.3981999507e-3f;
   p = p*r + 8.3334519073e-3f;
@@ -1344,8 +1362,10 @@ static inline real tanh_(real u) { return 1 - 2 / (exp_(2*u) + 1); }   // safe f
 
 // ---- 7. Threads and memory --------------------------------------------------------------------
 
-// Waits until all threads have come here. It spins first, since the others are microseconds away;
-// then it lets other threads run; then it sleeps, so that idle threads cost nothing.
+// Waits until all threads have come here: the last one to arrive changes `phase`, for which the
+// others wait. It spins first, since the others are microseconds away; then it lets other threads
+// run; then it sleeps, so that idle threads cost nothing. RELEASE and ACQUIRE say that what a
+// thread wrote before the barrier is seen by all after it.
 static struct {            // padded to separate cache lines, against false sharing
   int arrived; char pad1[60];
   int phase; char pad2[60];
@@ -1364,7 +1384,7 @@ static void barrier(const char *function) {
       if (spins > 20000) nanosleep(&nap, NULL);
       else if (spins > 2000) sched_yield();
   }
-  if (opt.profile && thread_id == 0) profile_mark(function);   // NULL: of no layer
+  if (opt.profile && thread_id == 0) profile_mark(function);   // NULL: by launch()
 }
 
 static void (*launched_work)(void *);
@@ -1427,7 +1447,7 @@ static void die(const char *format, ...) {
   va_start(args, format);
   vsnprintf(message, sizeof message, format, args);
   va_end(args);
-  for (char *c = message; *c; c++)               // what a file contains does nothing to a terminal
+  for (char *c = message; *c; c++)               // control characters from a file
     if ((unsigned char)*c < 32 || *c == 127) *c = '?';
   fflush(stdout);
   fprintf(stderr, "%s" PROGRAM ": %s\n", line_is_open ? "\n" : "", message);
@@ -1483,7 +1503,8 @@ static double random_normal(uint64_t seed, uint64_t index) {   // Box and Muller
 }
 
 // ===============================================================================================
-// The lesson ends here. The rest is plumbing: texts, checkpoints, log and plot, options.
+// Lesson, layers and machinery end here. The rest is plumbing: texts, checkpoints, log and plot,
+// options.
 // ===============================================================================================
 
 // ---- 8. Data ----------------------------------------------------------------------------------
@@ -1596,6 +1617,7 @@ static Evaluation evaluate(Model *m, long begin, long end) {
 // state.safetensors, which has all that --resume needs. Of the three, that one is written first:
 // its rename is the moment of a save, and the others are derived from it. Besides, there are
 // log.csv and loss.svg (section 10), and .lock, an empty file. generate.c reads only the first two.
+// --compare writes only log.csv and loss.svg.
 
 // An option is a row of the table in section 11; name is NULL after the last one. Sizes of the
 // model have a json name: their key in config.json.
@@ -1726,10 +1748,10 @@ static void write_safetensors(const char *folder, const char *file_name, const N
   output_close();
 }
 
-// A reader of JSON by search. Inside a JSON string a quote is escaped, so the text "key": stands
-// only where a member has this key. What follows it is checked where it is used.
+// JSON is read by searching for keys. Inside a JSON string a quote is escaped, so the text "key":
+// stands only where a member has this key. What follows it is checked where it is used.
 
-// What follows "prefix+key": in s; "" if that is not there.
+// Returns what follows "prefix+key": in s, or "" if the key is not there.
 static const char *json_find(const char *s, const char *prefix, const char *key) {
   char quoted[160];
   snprintf(quoted, sizeof quoted, "\"%s%s\"", prefix, key);
@@ -1852,7 +1874,7 @@ static Safetensors safetensors_open(const char *folder, const char *name) {
   return st;
 }
 
-static void safetensors_close(Safetensors *st) {   // only then a replaced file's space is freed
+static void safetensors_close(Safetensors *st) {   // a file keeps its disk space while it is open
   fclose(st->file);
   free(st->header);
 }
@@ -1916,8 +1938,8 @@ static void read_parameter(const Safetensors *st, const char *prefix, const Entr
 
 // ---- The folder of a model
 
-// What config.json says besides the sizes. This program can do nothing else: a file in which one of
-// the required values differs is refused.
+// What config.json says besides the sizes. The program supports only these values: a file in which
+// one of the required values differs is refused.
 static const struct { const char *key, *value; int required; } hf_config[] = {
   {"model_type", "\"gpt2\"", 1}, {"activation_function", "\"gelu_new\"", 1},
   {"layer_norm_epsilon", "1e-05", 1}, {"tie_word_embeddings", "true", 1},
@@ -1949,7 +1971,7 @@ static void read_config(const char *folder) {
   for_sizes (o) {
     int *now = (int *)o->value;
     if (json_integers(json_find(json, "", o->json), &o->stored, 1) != 1)
-      die("%s has no %s that is a number: is it of a GPT-2?", path, o->json);
+      die("%s has no numeric %s: is this the config of a GPT-2?", path, o->json);
     if (o->stored < o->low || o->stored > o->high)
       die("%s: %s is %ld, expected %g to %g", path, o->json, o->stored, o->low, o->high);
     if (o->given && *now != o->stored && (now != &opt.config.block_size || *now > o->stored))
@@ -1983,8 +2005,8 @@ static void write_state(FILE *f) {   // all that --resume needs besides the tens
   for (Option *o = train_options; o->name; o++)
     if (o->saved) write_string(f, o->name, option_text(o, value));
   write_string(f, "text", text.path);
-  fprintf(f, ",\"step\":\"%ld\",\"text_hash\":\"%016llx\"", trainer[0].updates,
-          (unsigned long long)text.hash);
+  fprintf(f, ",\"step\":\"%ld\",\"tokens\":\"%ld\",\"text_hash\":\"%016llx\"", trainer[0].updates,
+          trainer[0].tokens, (unsigned long long)text.hash);
 }
 
 // The parts of state.safetensors: the weights, and the state of the optimizer.
@@ -2006,8 +2028,8 @@ static void write_parts(const Trainer *t, const char *file_name, int parts,
   free(list);
 }
 
-// Writes config.json, unless it is there with the same text. If it is of another model, that
-// model.safetensors is removed first, so that the two never stand side by side.
+// Writes config.json, unless it is there with the same text. If the old one describes another
+// model, the old model.safetensors is removed first, so that the two never stand side by side.
 static void write_config(void) {
   char all[2048];
   long size, n = snprintf(all, sizeof all, "{");
@@ -2065,7 +2087,7 @@ static void read_log(Trainer *t);
 
 // Continues from a saved state: `st` is open, and its options have been read.
 static void resume(Trainer *t, Safetensors *st) {
-  char step[4096], hash[4096], *end;
+  char step[4096], hash[4096], tokens[4096], *end;
   if (!metadata(st, "step", step) || !metadata(st, "text_hash", hash))
     die("%s is not a saved state of this program", st->path);
   if (strtoull(hash, NULL, 16) != text.hash)
@@ -2074,6 +2096,7 @@ static void resume(Trainer *t, Safetensors *st) {
   t->updates = strtol(step, &end, 10);
   if (end == step || *end || t->updates < 0 || t->updates >= 1000000000)
     die("%s: its step is %.40s, expected a whole number below 1e9", st->path, step);
+  if (metadata(st, "tokens", tokens)) t->tokens = atol(tokens);
   real *part[] = {t->model.weights.data, t->moment_m, t->moment_v};
   for (int i = 0; i < 3; i++) read_parameters(&t->model, st, part_prefix[i], part[i]);
   safetensors_close(st);
@@ -2143,7 +2166,6 @@ static void read_log(Trainer *t) {
       x[n++] = strchr(",\n", p[1]) ? NAN : strtod(p + 1, NULL);
     if (n < N_COLUMNS || !(x[UPDATE] >= 0 && x[UPDATE] <= t->updates)) continue;
     memcpy(add_log_row(t)->x, x, sizeof x);
-    if (x[TOKENS] < 1e18) t->tokens = (long)x[TOKENS];
     t->seconds = x[SECONDS];
     t->loss = x[TRAIN_LOSS];
   }
@@ -2295,8 +2317,8 @@ static void print_compare_row(void) {
   printf("\n");
 }
 
-// The validation loss of a trainer when a column of the log had this value; between two
-// evaluations, in proportion.
+// The validation loss of a trainer where a column of the log reaches `at`, interpolated between two
+// evaluations.
 static double val_at(int which, int column, double at) {
   const double *before = NULL;
   for (LogRow *r = log_row; r < log_row + log_rows; r++) {
@@ -2440,7 +2462,7 @@ static int finish_training(void) {
 
 // ---- 11. Options and main ---------------------------------------------------------------------
 
-// One row an option; Option is declared in section 9. The name of an option is that of its field.
+// One row per option; Option is declared in section 9. The name of an option is that of its field.
 #define SIZE(name, json, initial, low, high, help)                                                 \
   {#name, json, INTEGER, &opt.config.name, initial, low, high, FIXED, help, 0, 0}
 #define INT(group, name, initial, low, high, saved, help)                                          \

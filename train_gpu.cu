@@ -30,7 +30,9 @@
 #ifndef GPU
 #define GPU
 #endif
+#ifndef PROGRAM
 #define PROGRAM "train_gpu"
+#endif
 #define DEVICE __host__ __device__
 #ifdef __CUDACC__
 #pragma nv_diag_suppress 177             // functions of train.c that this program does not call
@@ -290,7 +292,7 @@ static void embedding_backward(Tensor out, const int *token, Tensor wte, Tensor 
       wpe.grad, out.grad, B, T, C));
 }
 
-// linear and lm_head are products of matrices and stand in train.c.
+// linear and lm_head only call matmul(), so those of train.c serve here, too.
 
 // layernorm: out[n,c] = xhat[n,c] w[c] + b[c], xhat[n,c] = (x[n,c] - mean[n]) rstd[n], with the
 // mean and the variance of row n and rstd = 1 / sqrt(variance + 1e-5). backward reads mean and
@@ -440,10 +442,18 @@ static void crossentropy_backward(Tensor loss, Tensor correct, Tensor row_lse, T
 //   ...                                    neighbouring numbers of x, which lie in different banks
 //   32..35   t 0   t 1   ...  t 15         of shared memory. (There are 32 banks; each serves one
 //   36..39   t 16  t 17  ...  t 31         number of 4 bytes at a time.)
+//
+// The forward pass is two such products for each tile of keys. Both operands are read along k, so q
+// and k are transposed on the way into shared memory, and so is the result of the first product:
+//
+//   x[d][t] = q[t][d]  y[d][s] = k[s][d]  ->  z[t][s], in registers: maximum, exp, sum of a row
+//   x[s][t] = z[t][s]  y[s][d] = v[s][d]  ->  out[t][d] += , in registers until the last tile
 enum {
-  SIDE = sizeof(real) == sizeof(float) && WARPS == 8 ? 64 : 32,   // 64 doubles would be too many
-  PAD = 4,                               // numbers between the rows of a tile: a column, or a store
-                                         //   of a transposed tile, then is in several banks
+  SIDE = sizeof(real) == sizeof(float) && WARPS == 8 ? 64 : 32,   // two tiles of 64 x 68 doubles
+                                         //   exceed 48 KB of shared memory; small CUDA blocks (the
+                                         //   checker's) get 32, too
+  PAD = 4,                               // numbers between the rows of a tile, so that a column, or
+                                         //   a transposed store, spreads over several banks
   ROW = SIDE + PAD,                      // from one row of a tile to the next
   SIDE_LANES = SIDE / 4,
   SIDE_THREADS = SIDE/8 * SIDE/4
@@ -536,8 +546,8 @@ static __global__ void __launch_bounds__(SIDE_THREADS)
 attention_forward_kernel(real *out, real *lse, const real *qkv, int T, int C, int H) {
   __shared__ __align__(16) real x_tile[SIDE*ROW], y_tile[SIDE*ROW];
   int D = C / H, b = blockIdx.x / H, h = blockIdx.x % H, d0 = blockIdx.z * SIDE;
-  int i = (gridDim.y - 1 - blockIdx.y) * SIDE;   // the last queries have most work: first
-  long row = 3l*C;
+  int i = (gridDim.y - 1 - blockIdx.y) * SIDE;   // the last have the most work: they start first
+  long row = 3L*C;
   const real *q = qkv + b*T*row + h*D, *k = q + C, *v = k + C;
   real scale = 1 / sqrt((real)D), z[8][4], o[8][4] = {{0}}, max[8], sum[8];
   UNROLL for (int r = 0; r < 8; r++) max[r] = -INFINITY, sum[r] = 0;
@@ -596,14 +606,16 @@ static __global__ void attention_backward_dot(real *dout_dot_out, const real *ou
 
 // dq: a CUDA block owns SIDE queries and goes through the keys that they see. In C one loop adds
 // dq, dk and dv, since one thread owns the whole head; here dk and dv have a kernel of their own,
-// in which a block owns keys.
+// in which a block owns keys. The second launch bound is the number of CUDA blocks that must fit on
+// a multiprocessor at once: while one waits at a barrier, another computes. It limits the registers
+// of a thread.
 static __global__ void __launch_bounds__(SIDE_THREADS, 2)
 attention_backward_q(real *dqkv, const real *qkv, const real *dout, const real *lse,
                      const real *dout_dot_out, int T, int C, int H) {
   __shared__ __align__(16) real x_tile[SIDE*ROW], y_tile[SIDE*ROW];
   int D = C / H, b = blockIdx.x / H, h = blockIdx.x % H, d0 = blockIdx.z * SIDE;
   int i = (gridDim.y - 1 - blockIdx.y) * SIDE;
-  long row = 3l*C, head = b*T*row + h*D, first = (long)blockIdx.x * T;   // of lse, dout_dot_out
+  long row = 3L*C, head = b*T*row + h*D, first = (long)blockIdx.x * T;   // of lse, dout_dot_out
   const real *q = qkv + head, *k = q + C, *v = k + C;
   const real *dout_i = dout + ((long)b*T + i)*C + h*D;
   real scale = 1 / sqrt((real)D), z[8][4], dz[8][4], dq[8][4] = {{0}}, lse_t[8], dot_t[8];
@@ -634,7 +646,7 @@ attention_backward_kv(real *dqkv, const real *qkv, const real *dout, const real 
   __shared__ __align__(16) real x_tile[SIDE*ROW], y_tile[SIDE*ROW];
   int D = C / H, b = blockIdx.x / H, h = blockIdx.x % H, d0 = blockIdx.z * SIDE;
   int j = blockIdx.y * SIDE;
-  long row = 3l*C, head = b*T*row + h*D, first = (long)blockIdx.x * T;
+  long row = 3L*C, head = b*T*row + h*D, first = (long)blockIdx.x * T;
   const real *q = qkv + head, *k = q + C, *v = k + C;
   real scale = 1 / sqrt((real)D), z[8][4], dz[8][4], dk[8][4] = {{0}}, dv[8][4] = {{0}};
   for (int i = j; i < T; i += SIDE) {
@@ -683,13 +695,14 @@ typedef struct {                         // C = A B + bias, or C += A B
 static __global__ void matmul_plain(Product p) {
   long j = (long)blockIdx.x * THREADS + threadIdx.x, i = blockIdx.y;
   if (j >= p.N) return;
-  real sum = 0, *y = p.c.at + i*p.c.row + j;
+  real sum = 0, *y = p.c.at + i*p.c.down + j;
   for (long k = 0; k < p.K; k++)
-    sum += p.a.at[i*p.a.row + k*p.a.column] * p.b.at[k*p.b.row + j*p.b.column];
+    sum += p.a.at[i*p.a.down + k*p.a.right] * p.b.at[k*p.b.down + j*p.b.right];
   *y = sum + (p.mode == ADD ? *y : p.bias ? p.bias[j] : 0);
 }
 
-// It loads two numbers from device memory for each multiply-add. The ladder from there:
+// It loads two numbers from device memory for each multiply-add. Four steps lead from there to the
+// fast kernel:
 //   1. A CUDA block computes a tile of C, 128 x 128. It goes along K in steps of a few k: together
 //      its threads copy that much of A's rows and of B's columns to shared memory. So a number from
 //      device memory is used in 128 multiply-adds.
@@ -706,7 +719,7 @@ static __global__ void matmul_plain(Product p) {
 // warp's 32 x 64:
 //   rows     4..7 and 20..23     lane / 8 * 4 + 0..3, and 16 more
 //   columns  4..7 and 36..39     lane % 8 * 4 + 0..3, and 32 more
-// So the 32 lanes load 4 or 8 different Real4, each in other banks, and lanes with the same
+// So the 32 lanes load 4 or 8 different Real4, each in different banks, and lanes with the same
 // address are served at once.
 enum {
   BIG = WARPS == 8 ? 16 : 8,             // side: a tile has 8*side rows and columns, its CUDA block
@@ -754,15 +767,16 @@ static __device__ __forceinline__ void mma_tf32(real *c, const real *a, const re
 #endif
 }
 
-// Copying a step of an operand: a line is a row of A or a column of B. This thread's Real4 number
-// l begins at (line, k). Consecutive threads go along the direction that is consecutive in memory.
+// Copying the numbers of one step of an operand: a line is a row of A or a column of B. This
+// thread's Real4 number l begins at (line, k). Consecutive threads run along k, then to the next
+// line, if k is what is consecutive in memory; else along the lines, then to the next k.
 static __device__ __forceinline__ void place_of(int l, int side, int depth, long column,
                                                 int *line, int *k) {
   int number = threadIdx.x + l*side*side;
-  if (column == 1) {                     // k is: all `depth` of it, then the next line
+  if (column == 1) {
     *line = number / (depth / 4);
     *k = number % (depth / 4) * 4;
-  } else {                               // lines are
+  } else {
     *line = number % (2*side) * 4;
     *k = number / (2*side);
   }
@@ -775,10 +789,10 @@ static __device__ __forceinline__ void fetch(Real4 *four, int side, int depth, M
   UNROLL for (int l = 0; l < MAX_FOURS; l++) {
     int line, k;
     if (l*side == 2*depth) break;
-    place_of(l, side, depth, m.column, &line, &k);
+    place_of(l, side, depth, m.right, &line, &k);
     line += line0; k += k0;
-    const real *x = m.at + line*m.row + k*m.column;
-    if (m.column == 1) four[l] = load4(x, line < lines ? K - k : 0);
+    const real *x = m.at + line*m.down + k*m.right;
+    if (m.right == 1) four[l] = load4(x, line < lines ? K - k : 0);
     else four[l] = load4(x, k < K ? lines - line : 0);
   }
 }
@@ -814,12 +828,16 @@ static __device__ __forceinline__ void multiply_fp32(real (*sum)[8], const real 
 }
 
 // The same on tensor cores: the warp's 32 x 64 as 2 x 8 tiles of 16 x 8, of which a lane holds 4
-// numbers each. Where mma_tf32 wants k = t and t + 4 of a lane, it gets 2t and 2t + 1:
+// numbers each. Where mma_tf32 wants k = t and t + 4 of a lane, it gets 2t and 2t + 1. The same
+// order in A and in B leaves every sum as it was:
 //
-//   mma's k          0 1 2 3 4 5 6 7   The same order in A and in B leaves every sum as it was.
-//   lane with t      0 1 2 3 0 1 2 3   A row of the tile is 4 numbers longer than a multiple of 32:
-//   k of the tile    0 2 4 6 1 3 5 7   so rows 2t begin in banks 0, 8, 16, 24, and the 8 lanes
-//                                      with this t use 8 banks from there: no two in one bank.
+//   mma's k          0 1 2 3 4 5 6 7
+//   lane with t      0 1 2 3 0 1 2 3
+//   k of the tile    0 2 4 6 1 3 5 7
+//
+// The reason is banks: a row of the tile is 4 numbers longer than a multiple of 32, so rows 2t
+// begin in banks 0, 8, 16, 24, and the 8 lanes with this t use the 8 banks from there: no two lanes
+// use the same.
 static __device__ __forceinline__ void multiply_tf32(real (*sum)[8], const real *a, const real *b,
                                                      int row, int depth) {
   int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
@@ -838,7 +856,7 @@ static __device__ __forceinline__ void multiply_tf32(real (*sum)[8], const real 
 // c[i, j..j+n-1] = sum + bias, or += sum. n is 2 or 4; what is outside of C is left out.
 static __device__ __forceinline__ void store_c(const Product *p, int i, int j, const real *sum,
                                                int n) {
-  real *c = p->c.at + blockIdx.z*p->c_slice + i*p->c.row + j;
+  real *c = p->c.at + blockIdx.z*p->c_slice + i*p->c.down + j;
   if (i >= p->M) return;
   if (n == 4 && is_real4(c, p->N - j)) {
     Real4 v = p->mode == ADD ? *(Real4 *)c : p->bias ? load4(p->bias + j, 4)
@@ -866,8 +884,8 @@ static __device__ __forceinline__ void matmul_tile(const int side, const int dep
   fetch(b_next, side, depth, b_lines, p->N, end, j, begin);
   for (int k = begin; k < end; k += depth, now = !now) {
     real *a_now = a + now*depth*row, *b_now = b + now*depth*row;
-    put(a_now, a_next, side, depth, p->a.column, tf32);      // these buffers were last read two
-    put(b_now, b_next, side, depth, b_lines.column, tf32);   // steps ago, before the last barrier
+    put(a_now, a_next, side, depth, p->a.right, tf32);      // these buffers were last read two
+    put(b_now, b_next, side, depth, b_lines.right, tf32);   // steps ago, before the last barrier
     __syncthreads();                     // this step's numbers have been written
     if (k + depth < end) {
       fetch(a_next, side, depth, p->a, p->M, end, i, k + depth);
@@ -888,9 +906,7 @@ static __device__ __forceinline__ void matmul_tile(const int side, const int dep
     }
 }
 
-// The second launch bound is the number of CUDA blocks that must fit on a multiprocessor at once.
-// It limits the registers of a thread: 65536 / 2 blocks / 256 threads = 128, or 65536 / 6 / 64 =
-// 168. While one block waits at its barrier, another one computes.
+// Here 65536 / 2 blocks / 256 threads = 128 registers, or 65536 / 6 / 64 = 168, a multiple of 8.
 #define MATMUL_KERNEL(name, side, depth, tf32)                                              \
   static __global__ void __launch_bounds__((side)*(side), (side) == 16 ? 2 : 6)             \
   name(Product p) {                                                                         \
@@ -908,7 +924,7 @@ static __global__ void add_slices_kernel(Matrix c, const real *part, int M, int 
                                          int mode, const real *bias) {
   long e = (long)blockIdx.x * THREADS + threadIdx.x;   // consecutive in part, and in a row of c
   if (e >= (long)M*N) return;
-  real *y = c.at + e / N * c.row + e % N, sum = mode == ADD ? *y : bias ? bias[e % N] : 0;
+  real *y = c.at + e / N * c.down + e % N, sum = mode == ADD ? *y : bias ? bias[e % N] : 0;
   for (int s = 0; s < slices; s++) sum += part[s*(long)M*N + e];
   *y = sum;
 }
