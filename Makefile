@@ -11,8 +11,8 @@ CC ?= cc
 CXX ?= c++
 B = .build
 
-# -O3 and the machine's own instructions. Not -ffast-math, ever: it makes NaN checks vanish. Only its
-# harmless parts are asked for: fused multiply-adds; sqrt and comparisons that need not set errno
+# -O3 and the machine's own instructions. Not -ffast-math, ever: it makes NaN checks vanish. Only
+# its harmless parts are asked for: fused multiply-adds; sqrt and comparisons that need not set errno
 # or trap. Wide vectors are asked for since compilers prefer half of what AVX-512 machines have.
 WARN = -Wall -Wextra
 have = $(shell mkdir -p $B; echo 'int main(void) { return 0; }' >$B/flag.c; \

@@ -140,6 +140,7 @@ typedef struct {
 static int passed, failed;
 static double worst_absolute;   // |got - want| since it was last set to 0
 static int brief;               // no diagnosis
+static int only_failures;       // no rows of what is right
 static const double BAR = IS_DOUBLE ? 1e-8 : 1e-4;
 static char first_failure[80];
 
@@ -291,10 +292,14 @@ static double compare(Comparison c) {
     if (!(fabs(c.got[i] - c.want[i]) <= worst_absolute))
       worst_absolute = isnan(c.got[i]) ? INFINITY : fabs(c.got[i] - c.want[i]);
   int ok = count_verdict(error <= c.bar, c.layer, c.tensor);
-  char at[32];
+  char at[48];
   snprintf(at, sizeof at, c.cols > 1 ? "[%ld,%ld]" : "[%ld]", worst / c.cols, worst % c.cols);
-  printf("%-22s %-11s %7ld  %-10.1e %-9s %14.6e %14.6e  %s\n", c.layer, c.tensor, n, error, at,
-         c.got[worst], c.want[worst], ok ? "ok" : "FAIL");
+  if (!ok || !only_failures)
+    printf("%-22s %-11s %7ld  %-10.1e %-9s %14.6e %14.6e  %s\n", c.layer, c.tensor, n, error, at,
+           c.got[worst], c.want[worst], ok ? "ok" : "FAIL");
+  if (!ok && only_failures)
+    printf("    at B %d, T %d, C %d, H %d, V %d, O %d\n", c.shape->B, c.shape->T, c.shape->C,
+           c.shape->H, c.shape->V, c.shape->O);
   if (!ok && !brief) diagnose(&c, size);
   return error;
 }
@@ -343,8 +348,8 @@ static void report_crashes(void) {
 // LAYER(name, stress, (arguments), tensors) registers a layer: the arguments that name_forward and
 // name_backward take, and its tensors, t[0] the output first, each with what happens to it. It
 // needs a plain forward pass, name_plain, which gets the tensors' data as x[0], x[1], ... in
-// double; it may compute SAVED tensors, too. Row 1 of the first input is shifted by `stress`, and
-// row 2 has it added and subtracted in turn: large means, saturated functions.
+// double; it may compute SAVED tensors, too. `stress` makes some rows of the first input extreme:
+// large means, saturated functions, scores of attention far above and below zero. See make_data().
 
 enum Kind {
   OUTPUT,     // forward sets it; its gradient is given to backward
@@ -465,7 +470,9 @@ static void crossentropy_plain(Shape s, double **x, const int *ids) {
     for (int v = 0; v < s.V; v++) max = MAX(max, logits[v]);
     for (int v = 0; v < s.V; v++) sum += expl((long double)logits[v] - max);
     x[0][n] = (double)(max - logits[ids[n]] + logl(sum));
-    x[1][n] = logits[ids[n]] == max;
+    int first = 0;
+    while (logits[first] < max) first++;
+    x[1][n] = first == ids[n];
     x[2][n] = (double)(max + logl(sum));
   }
 }
@@ -494,7 +501,7 @@ static void attention_plain(Shape s, double **x, const int *ids) {
         x[1][(b*s.H + h)*s.T + t] = max + log(sum);
       }
 }
-LAYER(attention, 0, (t[0], t[1], t[2], B, T, C, H),
+LAYER(attention, 10, (t[0], t[1], t[2], B, T, C, H),
       {"out", 'N', 'C', OUTPUT}, {"lse", 'P', 'T', SAVED}, {"qkv", 'N', 'Q', SETS})
 
 #ifndef GPU
@@ -555,18 +562,36 @@ static real *guarded(const double *x, long n) {
   return p;
 }
 
+static double stress_at(long row, long col, long cols) {   // -1, 0 or 1
+  switch (row % 20) {
+  case 0: return col < cols / 3 ? 1 : -1;          // q large, k small: scores below zero
+  case 1: return 1;
+  case 2: return col % 2 ? 1 : -1;
+  default: return 0;
+  }
+}
+
+// Every fourth target gets the largest logit of its row, every fourth shares it with another one.
+static void make_correct(double *logits, const int *ids, int N, int V) {
+  for (int n = 0; n < N; n += 2, logits += 2*V) {
+    double max = -INFINITY;
+    for (int v = 0; v < V; v++) if (v != ids[n]) max = MAX(max, logits[v]);
+    logits[ids[n]] = (real)(max + (n % 4 == 0));
+  }
+}
+
 static void make_data(Case *c, int i, double stress) {
   enum Kind kind = c->layer->spec[i].kind;
   long n = count_in(c, i), cols = cols_in(c, i);
   c->data[i] = new_doubles(n);
   c->grad[i] = new_doubles(n);
   for (long j = 0; j < n; j++) {
-    double x = random_normal(100 + i, j);
-    if (j / cols == 1) x += stress;
-    if (j / cols == 2) x += j % 2 ? stress : -stress;
+    double x = random_normal(100 + i, j) + stress * stress_at(j / cols, j % cols, cols);
     c->data[i][j] = kind == OUTPUT || kind == SAVED ? NAN : (real)x;
     c->grad[i][j] = kind == SETS ? NAN : (real)random_normal(200 + i, j);
   }
+  if (c->layer->spec[i].cols == 'V' && kind == SETS)
+    make_correct(c->data[i], c->host_ids, rows_in(c, i), (int)cols);
   c->t[i].data = guarded(c->data[i], n);
   c->t[i].grad = kind == SAVED || kind == GIVEN ? NULL : guarded(c->grad[i], n);
 }
@@ -576,16 +601,17 @@ static Case *make_case(const Layer *layer, Shape s) {
   c->layer = layer;
   c->s = s;
   int N = s.B * s.T, stressed = 0;
+  c->host_ids = (int *)host_alloc(NULL, N * sizeof(int));
+  c->ids = (int *)device_alloc(N * sizeof(int));
+  for (int n = 0; n < N; n++) c->host_ids[n] = (int)(random_bits(300, n) % s.V);
+  c->host_ids[1] = c->host_ids[0];   // a token twice, side by side
+  c->host_ids[4] = s.V - 1;
+  copy_in(c->ids, c->host_ids, N * sizeof(int));
   for (; c->n_tensors < MAX_TENSORS && layer->spec[c->n_tensors].name; c->n_tensors++) {
     int input = layer->spec[c->n_tensors].kind >= SETS;
     make_data(c, c->n_tensors, input && !stressed ? layer->stress : 0);
     stressed |= input;
   }
-  c->host_ids = (int *)host_alloc(NULL, N * sizeof(int));
-  c->ids = (int *)device_alloc(N * sizeof(int));
-  for (int n = 0; n < N; n++) c->host_ids[n] = (int)(random_bits(300, n) % s.V);
-  c->host_ids[1] = c->host_ids[0];   // a token twice, side by side
-  copy_in(c->ids, c->host_ids, N * sizeof(int));
   return c;
 }
 
@@ -713,7 +739,11 @@ static void check_layer(Layer *layer, Shape s, int every_element, double bar) {
 
 // Sizes that no tile, vector or CUDA block divides; and sizes beyond one of each in every
 // direction.
-static const Shape SMALL = {3, 7, 24, 3, 29, 10}, LARGE = {3, 135, 150, 3, 301, 77};
+static const Shape SMALL = {3, 7, 24, 3, 29, 10}, LARGE = {2, 135, 150, 3, 301, 77};
+// Lengths that leave 1, 2 and 3 of 4, and 7 of 16; one token, one sequence, one head, one channel a
+// head.
+static const Shape ODD[] = {{2, 3, 21, 7, 7, 9}, {1, 5, 23, 1, 10, 3}, {5, 1, 13, 13, 33, 17}};
+enum { N_ODD = 3 };
 // Few results, each a sum of over 512 terms: over channels, over rows. A GPU cuts these into
 // slices.
 static const Shape WIDE_SUM = {3, 7, 525, 3, 29, 10}, LONG_SUM = {5, 121, 24, 3, 29, 10};
@@ -724,7 +754,8 @@ static int is_matmul(const Layer *layer) {
 
 static void check_layers(const char **names, int n_names) {
   printf("Layers. Every number of every input is moved (B 3, T 7, C 24, H 3, V 29, O 10); beyond\n"
-         "a tile (B 3, T 135, C 150, H 3, V 301, O 77) all at once, in a random direction.\n");
+         "a tile (B 2, T 135, C 150, H 3, V 301, O 77) all at once, in a random direction. Then\n"
+         "every number at %d odd shapes; of those rows only failures are shown.\n", N_ODD);
   heading("backward", "finite diff.");
   for (int i = 0; i < n_layers; i++) {
     int asked = !n_names;
@@ -733,6 +764,9 @@ static void check_layers(const char **names, int n_names) {
     checking = layers[i]->name;
     check_layer(layers[i], SMALL, 1, BAR);
     check_layer(layers[i], LARGE, 0, BAR);
+    only_failures = 1;
+    for (int k = 0; k < N_ODD; k++) check_layer(layers[i], ODD[k], 1, BAR);
+    only_failures = 0;
     if (!is_matmul(layers[i])) continue;
     check_layer(layers[i], WIDE_SUM, 0, BAR);
     check_layer(layers[i], LONG_SUM, 0, BAR);
@@ -753,7 +787,7 @@ static void sum_twice(void *argument) {
 }
 
 static void check_sums(void) {
-  const int n = 3*CHUNK + 77;
+  const int n = 259*CHUNK + 77;          // more chunks than a CUDA block has threads
   double *loss = new_doubles(n), *correct = new_doubles(n), sums[3] = {3, 5, 0}, apart = 0;
   LossSums before = {3, 5, 7}, after;
   for (int i = 0; i < n; i++) {
@@ -772,6 +806,28 @@ static void check_sums(void) {
     apart = fabs(got[i] / sums[i] - 1) <= apart ? apart : fabs(got[i] / sums[i] - 1);
   expect(apart < 1e-11, "add_loss, squared_norm", "%.1e from plain sums", apart);
 }
+
+// ---- exp and tanh in float, against libm in double
+
+#ifndef GPU
+static void check_functions(void) {
+  const real clamped[][2] = {{-1000, -87}, {-INFINITY, -87}, {(real)NAN, -87}, {1000, 88},
+                             {INFINITY, 88}};
+  double worst_exp = 0, worst_tanh = 0;
+  int ok = 1;
+  for (int i = -88000; i <= 88000; i++) {
+    real x = (real)(i * 1e-3 * (1 + 1e-5 * random_uniform(600, i))), u = x / 8;
+    double want = exp((double)MIN(MAX(x, -87), 88)), ulp = ldexp(1, ilogb(want) - 23);
+    worst_exp = fmax(worst_exp, fabs(exp_(x) - want) / ulp);
+    worst_tanh = fmax(worst_tanh, fabs(tanh_(u) - tanh((double)u)) / 0x1p-24);
+  }
+  for (int i = 0; i < 5; i++) ok &= exp_(clamped[i][0]) == exp_(clamped[i][1]);
+  ok &= tanh_(INFINITY) == 1 && tanh_(-INFINITY) == -1;
+  expect(worst_exp < 1.1, "exp_", "%.2f units in the last place at worst", worst_exp);
+  expect(worst_tanh < 4, "tanh_", "%.2f * 2^-24 at worst", worst_tanh);
+  expect(ok, "exp_ and tanh_ of huge numbers, infinities, NaN", "as they are documented");
+}
+#endif
 
 // ---- 3. The whole model -----------------------------------------------------------------------
 // A GPT of 4236 parameters on a text of 29 letters, with weights so large that each layer matters.
@@ -812,6 +868,17 @@ static void get_parameters(double *packed, const Model *m, const real *base) {
 static void put_parameters(const double *packed, const Model *m, real *base) {
   for (Entry *e = m->parameter; e < m->parameter + m->n_parameters; packed += entry_count(e++))
     put(base + e->data_at, packed, entry_count(e));
+}
+
+// The name of the first parameter, in backward order, in which two such lists differ; or NULL.
+static const char *first_difference(const Model *m, const double *x, const double *y) {
+  const char *name = NULL;
+  for (Entry *e = m->parameter; e < m->parameter + m->n_parameters; e++) {
+    long n = entry_count(e);
+    if (memcmp(x, y, n * sizeof(double))) name = e->name;   // the last of the list
+    x += n; y += n;
+  }
+  return name;
 }
 
 static double *random_parameters(const Model *m) {
@@ -891,8 +958,9 @@ static void localise(const Model *m, const char *right, const char *layer) {
   if (only_wte) printf("  All are right but %s", wrong);
   else if (above) printf("  In backward order %s is right, then %s is wrong", above, wrong);
   else printf("  %s, the first in backward order, is wrong", wrong);
-  printf(": look at\n  %s", suspects(wrong));
-  printf(*layer ? ". (Alone, %s failed first.)\n" : ".\n", layer);
+  if (*layer) printf(": look at\n  %s. (Alone, %s failed first.)\n", suspects(wrong), layer);
+  else printf(". Each layer is right alone, so\n  look at the call in backward() or forward() of "
+              "%s\n", suspects(wrong));
 }
 
 typedef struct { Model *m; Entry *e; double *data; Piece piece; } Moved;   // a moved parameter
@@ -939,7 +1007,7 @@ static void check_model(void) {
   Trainer *t = new_trainer(TINY, 1), *shared = new_trainer(TINY, 0);
   Model *m = &t->model;
   int N = PIECE.B * PIECE.T;
-  double *grad = new_doubles(m->count), *other = new_doubles(m->count), *got = grad;
+  double *grad = new_doubles(m->count), *other = new_doubles(m->count), *got = grad + m->count;
   char *right = (char *)host_alloc(NULL, m->n_parameters);
   Shape shape = {PIECE.B, PIECE.T, TINY.n_embd, TINY.n_head, LETTERS, 0};
   reset(t); reset(shared);
@@ -947,13 +1015,13 @@ static void check_model(void) {
   run_piece(&shared->model, PIECE, 1.0 / N);
   get_parameters(grad, m, m->weights.grad);
   get_parameters(other, &shared->model, shared->model.weights.grad);
-  printf("\nThe whole model: L %d, H %d, C %d, T %d, V %d, B %d, each gradient through all"
-         " layers\n", TINY.n_layer, TINY.n_head, TINY.n_embd, PIECE.T, LETTERS, PIECE.B);
+  printf("\nThe whole model, in backward order: L %d, H %d, C %d, T %d, V %d, B %d\n", TINY.n_layer, TINY.n_head, TINY.n_embd, PIECE.T, LETTERS, PIECE.B);
   heading("backward", "finite diff.");
   worst_absolute = 0;
   brief = *layer != 0;   // the layer alone has been diagnosed; here its error spreads
-  for (int i = 0; i < m->n_parameters; got += entry_count(&m->parameter[i++])) {
+  for (int i = m->n_parameters - 1; i >= 0; i--) {   // the list has the order of forward
     Entry *e = &m->parameter[i];
+    got -= entry_count(e);
     double *want = model_slopes(m, e, PIECE, entry_count(e));
     Comparison row = {e->name, "", e->rows, MAX(1, e->cols), got, want, NULL, &shape, BAR};
     right[i] = compare(row) <= BAR;
@@ -964,8 +1032,9 @@ static void check_model(void) {
   check_embedding(m, row);
   localise(m, right, layer);
   brief = 0;
-  expect(!memcmp(grad, other, m->count * sizeof(double)), "with memory shared between activations",
-         "the same gradients, bit for bit: %ld numbers", m->count);
+  const char *differs = first_difference(m, grad, other);
+  expect(!differs, "with memory shared between activations", differs ? "%s differs: look at the "
+         "table of Place" : "the same gradients, bit for bit%s", differs ? differs : "");
 }
 
 // ---- In float. Each number is rounded to 24 bits, 6e-8 of its size, and so is each result.
@@ -1053,6 +1122,7 @@ static double gradient_apart(Trainer *t, Trainer *other) {
     MicroBatch batch = {n, opt.batch_size, opt.config.block_size, 1 / tokens};
     load_micro_batch(n, t->updates * t->accumulate + k);
     launch(run_micro_batch, &batch);
+    mean_loss(n, 1);                     // waits for the device: update() must not need that
   }
   update(t);
   get_parameters(got, m, m->weights.grad);
@@ -1086,6 +1156,7 @@ static void check_accumulation(void) {
     expect(apart < bar && sums < bar, opt.optimizer, "%.1e, %.1e", apart, sums);
   }
   opt.batch_size = PIECE_B;
+  trainer[0].accumulate = 12;            // more copies to a GPU than can be on their way at once
   double apart = gradient_apart(&trainer[0], &trainer[1]);
   expect(apart < (IS_DOUBLE ? 1e-14 : 1e-6), "the gradient of the next update",
          "%.1e from that of its micro-batches alone", apart);
@@ -1211,6 +1282,115 @@ static void check_optimizers(Trainer *t) {
     expect(apart < (IS_DOUBLE ? 1e-11 : 1e-4), optimizers[i].name, "%.1e", apart);
   }
   expect(vectors_do_not_decay(t), "weight decay", "of matrices only");
+}
+
+// ---- What stands around an update: initial weights, data, evaluation, learning rate
+
+static void check_initial_weights(void) {
+  static const struct { const char *name; double mean, std; } table[] = {   // GPT-2, 2 layers
+    {".bias", 0, 0}, {"ln_", 1, 0}, {"c_proj.weight", 0, 0.01}, {".weight", 0, 0.02}};
+  const Config config = {2, 2, 64, 32, 100};
+  Trainer *t = new_trainer(config, 0);
+  Model *m = &t->model;
+  const char *wrong = NULL;
+  model_init(m, 1337);
+  for (Entry *e = m->parameter; e < m->parameter + m->n_parameters; e++) {
+    long n = entry_count(e);
+    double *w = new_doubles(n), mean = 0, variance = 0;
+    int k = 0;
+    while (!strstr(e->name, table[k].name)) k++;
+    get(w, e->tensor->data, n);
+    for (long i = 0; i < n; i++) mean += w[i] / n;
+    for (long i = 0; i < n; i++) variance += (w[i] - mean) * (w[i] - mean) / n;
+    double std = table[k].std, slack = 5 / sqrt((double)n);   // 5 standard errors
+    if (fabs(mean - table[k].mean) > slack * std + 1e-7 || fabs(sqrt(variance) - std) > slack * std)
+      wrong = e->name;
+  }
+  expect(!wrong, "initial weights", wrong ? "%s has another mean or standard deviation"
+         : "mean and standard deviation as in GPT-2%s", wrong ? wrong : "");
+}
+
+// Windows of a text in which byte i is i: so a token says where it stands.
+static void check_micro_batches(Trainer *t) {
+  enum { SIZE = 200, TRAIN = 100, BATCHES = 300, B = 4, T = PIECE_T };
+  static unsigned char count[SIZE];
+  int first = SIZE, last = 0, changed = 0, token[B*T], target[B*T], ok = 1;
+  for (int i = 0; i < SIZE; i++) count[i] = (unsigned char)i;
+  text.byte = count; text.size = SIZE; text.train_size = TRAIN;
+  opt.batch_size = B;
+  for (int k = 0, before = 0; k < BATCHES; k++) {
+    load_micro_batch(&t->model, k);
+    copy_out(token, t->model.token, sizeof token);
+    copy_out(target, t->model.target, sizeof target);
+    for (int n = 0; n < B*T; n++)
+      ok &= token[n] == token[n / T * T] + n % T && target[n] == token[n] + 1;
+    for (int n = 0; n < B*T; n += T) first = MIN(first, token[n]), last = MAX(last, token[n]);
+    changed += token[0] != before;
+    before = token[0];
+  }
+  expect(ok, "a micro-batch", "consecutive tokens, each with the next as its target");
+  expect(first == 0 && last == TRAIN - T - 1 && changed > BATCHES / 2, "windows of the text",
+         "begin at %d to %d of %d", first, last, TRAIN);
+}
+
+// evaluate() beside the losses of its windows, one by one; it needs two micro-batches for them.
+static void check_evaluate(Trainer *t) {
+  enum { BEGIN = 3, WINDOWS = 16, T = PIECE_T };
+  Model *m = &t->model;
+  LossSums sums = {0, 0, 0};
+  reset(t);
+  text.byte = (unsigned char *)poem();
+  copy_in(m->sums, &sums, sizeof sums);
+  for (int w = 0; w < WINDOWS; w++) {
+    Piece window = {1, T, BEGIN + w*T};
+    run_piece(m, window, 0);
+  }
+  copy_out(&sums, m->sums, sizeof sums);
+  long end = BEGIN + WINDOWS*T + 1;      // the last target is byte end - 1
+  double worst = 0, correct = sums.correct / (WINDOWS*T), loss = sums.loss / (WINDOWS*T);
+  for (int more = 0; more < T; more += T - 1) {
+    Evaluation e = evaluate(m, BEGIN, end + more);
+    worst = fmax(worst, fmax(fabs(e.loss / loss - 1), fabs(e.accuracy - correct)));
+  }
+  expect(worst < (IS_DOUBLE ? 1e-14 : 1e-6), "evaluate", "%.1e from its windows one by one", worst);
+  Evaluation fewer = evaluate(m, BEGIN, end - 1);
+  expect(fabs(fewer.loss / loss - 1) > 1e-6, "evaluate", "leaves out a window that is not full");
+}
+
+static void check_learning_rate(Trainer *t) {
+  static const struct { int trainers, accumulate, updates; double rate; } table[] = {
+    {1, 1, 0, 0.2}, {1, 1, 3, 0.8}, {1, 1, 4, 1}, {1, 1, 8, 0.55}, {1, 1, 12, 0.1}, {1, 1, 99, 0.1},
+    {1, 4, 1, 0.4}, {1, 4, 12, 0.1},                    // --accumulate counts updates,
+    {2, 4, 0, 0.2}, {2, 4, 1, 1}, {2, 4, 2, 0.55}, {2, 4, 3, 0.1}};   // --compare micro-batches
+  int before = n_trainers;
+  double worst = 0;
+  opt.learning_rate = 1; opt.min_lr = 0.1; opt.warmup = 4; opt.max_steps = 12;
+  for (size_t i = 0; i < sizeof table / sizeof *table; i++) {
+    n_trainers = table[i].trainers;
+    t->accumulate = table[i].accumulate;
+    t->updates = table[i].updates;
+    worst = fmax(worst, fabs(learning_rate(t) - table[i].rate));
+  }
+  n_trainers = before;
+  t->updates = 8;
+  opt.learning_rate = 0.05;              // below min_lr: constant
+  worst = fmax(worst, fabs(learning_rate(t) - 0.05));
+  expect(worst < 1e-12, "learning rate", "warmup, cosine, end: %.1e from a table", worst);
+  t->updates = 2;
+  opt.beta1 = 0.5; opt.beta2 = 0.75; opt.weight_decay = 0.3; opt.grad_clip = 4;
+  OptimizerConfig o = optimizer_config(t);
+  int ok = fabs(o.m_correction - 8.0/7) < 1e-6 && fabs(o.v_correction - 64.0/37) < 1e-6
+        && o.beta1 == (real)0.5 && o.beta2 == (real)0.75 && o.weight_decay == (real)0.3
+        && o.grad_clip == 4;
+  expect(ok, "bias correction of the third update", "1 / (1 - beta^3), beta 0.5 and 0.75");
+}
+
+static void check_around_updates(Trainer *t) {
+  printf("\nAround an update\n");
+  check_initial_weights();
+  check_micro_batches(t);
+  check_evaluate(t);
+  check_learning_rate(t);
 }
 
 // ---- c. Wrong recipes
@@ -1396,20 +1576,24 @@ static double *numbers_after_updates(Trainer *t) {   // all weights, then all gr
   return x;
 }
 
-static const Config TWO_TILES = {1, 3, 60, 72, LETTERS};
+// More than a tile of attention; and a number of channels that no number of threads divides.
+static const Config TWO_TILES = {1, 7, 77, 72, LETTERS};
 
 static void check_threads(void) {   // the last check, since threads can only be added
   Trainer *t = new_trainer(TWO_TILES, 0);
-  long n = 2 * t->model.count;
+  long n = t->model.count;
   double *one = numbers_after_updates(t);
-  printf("\nThreads: weights and gradients after 2 updates\n");
-  for (int threads = 2; threads <= 5; threads += 3) {
-    device_start(threads, "fp32");
+  printf("\nThreads: weights and gradients after 2 updates, bit for bit those of one thread?\n");
+  for (int i = 0; i < 4; i++) {
+    static const int threads[] = {2, 3, 5, 7};
+    char name[32];
+    snprintf(name, sizeof name, "on %d threads", threads[i]);
+    device_start(threads[i], "fp32");
     double *more = numbers_after_updates(t);
-    long differ = 0;
-    for (long i = 0; i < n; i++) differ += memcmp(&one[i], &more[i], sizeof *one) != 0;
-    expect(!differ, threads == 2 ? "on 2 threads" : "on 5 threads", "%ld of %ld numbers differ "
-           "from those of 1", differ, n);
+    const char *gradient = first_difference(&t->model, one + n, more + n);
+    const char *weight = first_difference(&t->model, one, more);
+    expect(!gradient && !weight, name, gradient ? "the gradient of %s differs" : weight
+           ? "%s differs, but no gradient" : "yes%s", gradient ? gradient : weight ? weight : "");
   }
 }
 
@@ -1643,6 +1827,7 @@ static void check_everything(void) {
   Trainer *t = new_trainer(TINY, 0);
   check_accumulation();
   check_optimizers(t);
+  check_around_updates(t);
 #ifndef GPU
   if (IS_DOUBLE) {
     check_recipes();
@@ -1651,6 +1836,7 @@ static void check_everything(void) {
     check_regression(t);
   } else {
     show_float_differences();
+    check_functions();
   }
   check_threads();
 #endif
@@ -1708,7 +1894,9 @@ static const char *running_kernel(void) { return NULL; }
 // is made to go wrong here every time:
 //   - blocks, and between barriers the threads of a block, run in a random order: GPU_SEED=n;
 //   - device memory and shared memory are NaN until something is written there;
-//   - a barrier that not all threads reach, or a host pointer in a kernel, ends the program;
+//   - the work of a stream is done only when the host waits for it;
+//   - a barrier that not all threads reach, a host pointer in a kernel, a write next to an array, or
+//     what may not be done while a graph is recorded, ends the program;
 //   - -fsanitize=address sees an index beyond an array, and the host touching device memory;
 //   - -fsanitize=thread (`make race`) sees two threads at one address without a barrier between.
 #pragma GCC diagnostic ignored "-Wunused-function"
@@ -1928,14 +2116,48 @@ UNSEEN void run_block(void) {
 }
 
 // ---- Device memory
-enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorMemoryAllocation };
+enum cudaError_t {
+  cudaSuccess, cudaErrorInvalidValue, cudaErrorMemoryAllocation, cudaErrorStreamCaptureUnsupported,
+  cudaErrorInvalidResourceHandle
+};
 enum cudaMemcpyKind {
   cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice
 };
 static const char *cudaGetErrorString(cudaError_t e) {
-  return e == cudaErrorInvalidValue ? "invalid argument" : e ? "out of memory" : "no error";
+  static const char *const text[] = {"no error", "invalid argument", "out of memory",
+                                     "not allowed while a graph is recorded", "never recorded"};
+  return text[e];
 }
 static std::map<uintptr_t, size_t> device_memory_map;   // address and size of each allocation
+static void show_memory(bool show);
+
+// ---- Streams, events, graphs. A stream does nothing before the host waits for it, or for an event
+// in it: so what the host has not waited for is seen not to be there. There is one stream, and it
+// must have been created: stream 0 would wait for others on a GPU.
+typedef std::vector<std::function<void()>> Work;
+typedef Work *cudaGraph_t, *cudaGraphExec_t;
+struct Stream { Work queue; size_t done; };
+struct Event { size_t after; bool recorded; };   // how much of the queue comes before it
+typedef Stream *cudaStream_t;
+typedef Event *cudaEvent_t;
+static Stream the_stream;
+static cudaGraph_t recorded;             // while a graph is recorded
+static cudaError_t enqueue(cudaStream_t stream, const std::function<void()> &work) {
+  if (stream != &the_stream) return cudaErrorInvalidResourceHandle;
+  (recorded ? *recorded : stream->queue).push_back(work);
+  return cudaSuccess;
+}
+static cudaError_t run_until(size_t end) {
+  if (recorded) return cudaErrorStreamCaptureUnsupported;
+  show_memory(true);
+  while (the_stream.done < end) {
+    std::function<void()> work;
+    std::swap(work, the_stream.queue[the_stream.done++]);
+    work();
+  }
+  show_memory(false);
+  return cudaSuccess;
+}
 
 static bool is_device_memory(const void *p, size_t n) {
   auto after = device_memory_map.upper_bound((uintptr_t)p);
@@ -1949,36 +2171,37 @@ static void show_memory(bool show) {     // the host may use it only through the
     if (show) __asan_unpoison_memory_region((void *)m.first, m.second);
     else __asan_poison_memory_region((void *)m.first, m.second);)
 }
+// Each array stands between two margins, which are NaN like the array. The address sanitizer has
+// its own.
+enum { MARGIN = ASAN(0 *) 64 };
 template <class T> static cudaError_t cudaMalloc(T **p, size_t n) {
-  *p = (T *)malloc(n);
-  if (!*p) return cudaErrorMemoryAllocation;
-  memset((void *)*p, 0xff, n);
+  char *all = (char *)malloc(n + 2*MARGIN);
+  if (recorded) return cudaErrorStreamCaptureUnsupported;
+  if (!all) return cudaErrorMemoryAllocation;
+  memset(all, 0xff, n + 2*MARGIN);
+  *p = (T *)(all + MARGIN);
   device_memory_map[(uintptr_t)*p] = n;
   show_memory(false);
   return cudaSuccess;
 }
-// ---- Streams and graphs. A stream does its work at once; while a graph is recorded, not at all.
-typedef std::vector<std::function<void()>> *cudaGraph_t, *cudaGraphExec_t;
-static cudaGraph_t recorded;
-typedef char *cudaStream_t;
-typedef double *cudaEvent_t;
-static void enqueue(const std::function<void()> &work) {
-  if (recorded) return recorded->push_back(work);
-  show_memory(true);
-  work();
-  show_memory(false);
+UNSEEN void check_margins(void) {
+  for (auto &m : device_memory_map)
+    for (int i = 0; i < MARGIN; i++)
+      if (~((signed char *)m.first)[-1 - i] || ~((signed char *)m.first)[m.second + i]) {
+        fprintf(stderr, "kernel %s: writes before or behind an array of %zu bytes\n", gpu.kernel,
+                m.second);
+        exit(1);
+      }
 }
 static cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n, cudaMemcpyKind kind,
-                                   cudaStream_t) {
+                                   cudaStream_t stream) {
   if (is_device_memory(to, n) != (kind & 1) || is_device_memory(from, n) != kind >> 1)
     return cudaErrorInvalidValue;
-  enqueue([=] { memcpy(to, from, n); });
-  return cudaSuccess;
+  return enqueue(stream, [=] { memcpy(to, from, n); });
 }
-static cudaError_t cudaMemsetAsync(void *p, int value, size_t n, cudaStream_t) {
+static cudaError_t cudaMemsetAsync(void *p, int value, size_t n, cudaStream_t stream) {
   if (!is_device_memory(p, n)) return cudaErrorInvalidValue;
-  enqueue([=] { memset(p, value, n); });
-  return cudaSuccess;
+  return enqueue(stream, [=] { memset(p, value, n); });
 }
 
 // ---- Launches: a sed in the Makefile turns kernel<<<grid, block, 0, stream>>>(x) into
@@ -2010,6 +2233,7 @@ UNSEEN void run_grid(const char *kernel, dim3 grid, dim3 block, const std::funct
   }
   free(order);
   TSAN(__tsan_acquire(&gpu.end);)
+  check_margins();
 }
 
 template <class T> static void check_pointer(const char *kernel, T *p) {
@@ -2022,18 +2246,22 @@ template <class... P> struct Launch {
   const char *name;
   void (*kernel)(P...);
   dim3 grid, block;
+  cudaStream_t stream;
   void operator()(P... p) const {
     int checked[] = {0, (check_pointer(name, p), 0)...};
     (void)checked;
     Launch l = *this;
     std::function<void()> body = [l, p...] { l.kernel(p...); };
-    enqueue([l, body] { run_grid(l.name, l.grid, l.block, &body); });
+    if (enqueue(stream, [l, body] { run_grid(l.name, l.grid, l.block, &body); })) {
+      fprintf(stderr, "kernel %s: is launched in a stream that was not created\n", name);
+      exit(1);
+    }
   }
 };
 template <class... P>
 static Launch<P...> launch_of(const char *name, void (*kernel)(P...), dim3 grid, dim3 block, int,
-                              cudaStream_t) {
-  return Launch<P...>{name, kernel, grid, block};
+                              cudaStream_t stream) {
+  return Launch<P...>{name, kernel, grid, block, stream};
 }
 #define LAUNCH(kernel, ...) launch_of(#kernel, kernel, __VA_ARGS__)
 
@@ -2041,6 +2269,15 @@ static Launch<P...> launch_of(const char *name, void (*kernel)(P...), dim3 grid,
 #define LINE int line = __builtin_LINE()
 static inline void __syncthreads(LINE) {
   wait_at(&block_barrier, gpu.threads, true, "__syncthreads()", line);
+}
+static inline int __syncthreads_or(int vote, LINE) {
+  static int votes[MAX_THREADS];
+  int any = 0;
+  votes[self->id] = vote;
+  wait_at(&block_barrier, gpu.threads, true, "__syncthreads_or()", line);
+  for (int i = 0; i < gpu.threads; i++) any |= votes[i];
+  wait_at(&block_barrier, gpu.threads, true, "__syncthreads_or()", line);
+  return any != 0;
 }
 // Every lane shows n words, and sees those of its warp. This orders no memory.
 UNSEEN Word (*show_warp(const void *words, int n, const char *what, int line))[6] {
@@ -2067,15 +2304,38 @@ UNSEEN float tf32_of(Word bits) {
   union { uint32_t bits; float x; } u = {bits & ~0x1fffu};
   return u.x;
 }
-template <class T> UNSEEN void emulate_mma(T *c, const T *a, const T *b, LINE) {
-  float mine[6] = {(float)a[0], (float)a[1], (float)a[2], (float)a[3], (float)b[0], (float)b[1]};
+UNSEEN unsigned __float_as_uint(float x) {
+  union { float x; unsigned bits; } u = {x};
+  return u.bits;
+}
+// text is what the compiler for GPUs gets: mma {D}, {A}, {B}, {C}; with %k for the k-th operand, and
+// the operands in order, like "r"(x[2]). They are numbers of s (sums), x or y.
+#define PTX(...) emulate_mma(#__VA_ARGS__, s, x, y)
+UNSEEN void emulate_mma(const char *text, float *s, unsigned *x, unsigned *y, LINE) {
+  unsigned mine[6], group[4][4] = {{0}};   // which of s, x, y: the place in `all`
+  char name[10], at[10];
+  int operands = 0, n = 0;
+  if (!strstr(text, "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32"))
+    gpu_die("an instruction that the emulator does not know", self, 0);
+  for (const char *p = text; (p = strchr(p, '(')); p++, operands++)
+    name[operands] = p[1], at[operands] = (char)(p[3] - '0');
+  for (const char *p = strchr(text, '{'); p; p = strchr(p + 1, '{'), n++)
+    for (int i = 0; *p != '}' && i < 4; i++, p += 3) group[n][i] = p[2] - '0';
+  for (int i = 0; i < 6; i++) {
+    int k = group[1 + i / 4][i % 4];
+    mine[i] = name[k] == 'x' ? x[(int)at[k]] : name[k] == 'y' ? y[(int)at[k]] : 0;
+  }
   Word (*lanes)[6] = show_warp(mine, 6, "mma", line);
-  for (int i = 0; i < 4; i++)
+  float d[4];
+  for (int i = 0; i < 4; i++) {
+    d[i] = s[(int)at[group[3][i]]];
     for (int k = 0; k < 8; k++) {
       int lane = self->id % 32, row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-      c[i] += tf32_of(lanes[row % 8 * 4 + k % 4][row / 8 + k / 4 * 2])
+      d[i] += tf32_of(lanes[row % 8 * 4 + k % 4][row / 8 + k / 4 * 2])
             * tf32_of(lanes[column * 4 + k % 4][4 + k / 4]);
     }
+  }
+  for (int i = 0; i < 4; i++) s[(int)at[group[0][i]]] = d[i];
 }
 
 // ---- The rest of the CUDA runtime that train_gpu.cu calls
@@ -2101,18 +2361,24 @@ CALL cudaMemGetInfo(size_t *left, size_t *all) {
 }
 CALL cudaMallocHost(void **p, size_t n) { *p = malloc(n); return cudaSuccess; }
 CALL cudaStreamCreateWithFlags(cudaStream_t *s, int) {
-  static char one;
-  *s = &one;
+  *s = &the_stream;
   return cudaSuccess;
 }
-CALL cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
-CALL cudaEventCreate(cudaEvent_t *e) { static double time; *e = &time; return cudaSuccess; }
+CALL cudaStreamSynchronize(cudaStream_t s) { return run_until(s->queue.size()); }
+CALL cudaEventCreate(cudaEvent_t *e) { *e = new Event(); return cudaSuccess; }
 CALL cudaEventCreateWithFlags(cudaEvent_t *e, int) { return cudaEventCreate(e); }
-CALL cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
-CALL cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
-CALL cudaEventElapsedTime(float *ms, cudaEvent_t, cudaEvent_t) { *ms = 0; return cudaSuccess; }
+CALL cudaEventRecord(cudaEvent_t e, cudaStream_t s) {
+  if (s != &the_stream) return cudaErrorInvalidResourceHandle;
+  *e = {s->queue.size(), true};
+  return recorded ? cudaErrorStreamCaptureUnsupported : cudaSuccess;
+}
+CALL cudaEventSynchronize(cudaEvent_t e) { return run_until(e->after); }   // at once: never recorded
+CALL cudaEventElapsedTime(float *ms, cudaEvent_t a, cudaEvent_t b) {
+  *ms = 0;
+  return a->recorded && b->recorded ? cudaSuccess : cudaErrorInvalidResourceHandle;
+}
 CALL cudaStreamBeginCapture(cudaStream_t, int) {
-  recorded = new std::vector<std::function<void()>>;
+  recorded = new Work;
   return cudaSuccess;
 }
 CALL cudaStreamEndCapture(cudaStream_t, cudaGraph_t *g) {
@@ -2121,13 +2387,14 @@ CALL cudaStreamEndCapture(cudaStream_t, cudaGraph_t *g) {
   return cudaSuccess;
 }
 CALL cudaGraphInstantiateWithFlags(cudaGraphExec_t *x, cudaGraph_t g, int) {
-  *x = new std::vector<std::function<void()>>(*g);
+  *x = new Work(*g);
   return cudaSuccess;
 }
 CALL cudaGraphDestroy(cudaGraph_t g) { delete g; return cudaSuccess; }
 CALL cudaGraphExecDestroy(cudaGraphExec_t x) { delete x; return cudaSuccess; }
-CALL cudaGraphLaunch(cudaGraphExec_t x, cudaStream_t) {
-  for (auto &work : *x) enqueue(work);
+CALL cudaGraphLaunch(cudaGraphExec_t x, cudaStream_t s) {
+  for (auto &work : *x)
+    if (enqueue(s, work)) return cudaErrorInvalidResourceHandle;
   return cudaSuccess;
 }
 #define EMULATOR_IS_HERE

@@ -897,7 +897,8 @@ static void layernorm_backward(Tensor out, Tensor mean_rstd, Tensor x, WeightBia
 }
 
 // softmax cross-entropy: loss[n] = -log p[n,target[n]], p[n,v] = exp(logits[n,v] - row_lse[n]),
-// row_lse[n] = log sum_v exp(logits[n,v]). correct[n] is 1 if the target has the largest logit.
+// row_lse[n] = log sum_v exp(logits[n,v]). correct[n] is 1 if the target has the largest logit; of
+// several that are equal, the first counts.
 static void crossentropy_forward(Tensor loss, Tensor correct, Tensor row_lse, Tensor logits,
                                  const int *target, int N, int V) {
   parallel_for (n, N) {
@@ -905,7 +906,9 @@ static void crossentropy_forward(Tensor loss, Tensor correct, Tensor row_lse, Te
     real max = max_of(logits_n, V);              // subtracted, so that exp cannot overflow
     row_lse.data[n] = max + log(SUM(real, v, V, exp_(logits_n[v] - max)));
     loss.data[n] = row_lse.data[n] - logits_n[target[n]];
-    correct.data[n] = logits_n[target[n]] == max;
+    int first = 0;
+    while (logits_n[first] < max) first++;
+    correct.data[n] = first == target[n];
   }
 }
 

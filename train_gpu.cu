@@ -38,6 +38,7 @@
 #pragma nv_diag_suppress 177             // functions of train.c that this program does not call
 #define UNROLL _Pragma("unroll")         // for arrays in registers, which cannot be indexed
 #define UNROLL_4 _Pragma("unroll 4")
+#define PTX(...) asm volatile(__VA_ARGS__)
 #else
 #define UNROLL
 #define UNROLL_4
@@ -379,8 +380,9 @@ static void layernorm_backward(Tensor out, Tensor mean_rstd, Tensor x, WeightBia
 }
 
 // softmax cross-entropy: loss[n] = -log p[n,target[n]], p[n,v] = exp(logits[n,v] - row_lse[n]),
-// row_lse[n] = log sum_v exp(logits[n,v]). correct[n] is 1 if the target has the largest logit.
-// A row of V logits can have tens of thousands of numbers: a CUDA block takes it, not a warp.
+// row_lse[n] = log sum_v exp(logits[n,v]). correct[n] is 1 if the target has the largest logit; of
+// several that are equal, the first counts. A row of V logits can have tens of thousands of
+// numbers: a CUDA block takes it, not a warp.
 static int threads_for(int n) { return MIN(THREADS, blocks(n, 32) * 32); }
 
 static __global__ void crossentropy_forward_kernel(real *loss, real *correct, real *row_lse,
@@ -390,12 +392,17 @@ static __global__ void crossentropy_forward_kernel(real *loss, real *correct, re
   real max = logits_n[0], sum = 0;
   for (int v = threadIdx.x; v < V; v += blockDim.x) max = MAX(max, logits_n[v]);
   max = block_max(max);                  // subtracted, so that exp cannot overflow
-  for (int v = threadIdx.x; v < V; v += blockDim.x) sum += exp_(logits_n[v] - max);
+  int earlier = 0;                       // is there an equal logit before the target's?
+  for (int v = threadIdx.x; v < V; v += blockDim.x) {
+    sum += exp_(logits_n[v] - max);
+    earlier |= logits_n[v] == max && v < target[n];
+  }
   sum = (real)block_sum(sum);
+  earlier = __syncthreads_or(earlier);   // of any thread
   if (threadIdx.x > 0) return;
   row_lse[n] = max + log(sum);
   loss[n] = row_lse[n] - logits_n[target[n]];
-  correct[n] = logits_n[target[n]] == max;
+  correct[n] = logits_n[target[n]] == max && !earlier;
 }
 
 static void crossentropy_forward(Tensor loss, Tensor correct, Tensor row_lse, Tensor logits,
@@ -751,17 +758,16 @@ static __device__ __forceinline__ real round_tf32(real x) {
 // holds a = A[g][t], A[g+8][t], A[g][t+4], A[g+8][t+4]; b = B[t][g], B[t+4][g]; and of C
 // c = C[g][2t], C[g][2t+1], C[g+8][2t], C[g+8][2t+1].
 static __device__ __forceinline__ void mma_tf32(real *c, const real *a, const real *b) {
-#if defined EMULATED
-  emulate_mma(c, a, b);
-#elif defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 800
+#if defined EMULATED || (defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 800)
   float s[4] = {(float)c[0], (float)c[1], (float)c[2], (float)c[3]};
-  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
-               "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(s[0]), "+f"(s[1]), "+f"(s[2]), "+f"(s[3])
-               : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])),
-                 "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])),
-                 "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
-  for (int i = 0; i < 4; i++) c[i] = s[i];
+  unsigned x[4], y[2];
+  UNROLL for (int i = 0; i < 4; i++) x[i] = __float_as_uint((float)a[i]);
+  UNROLL for (int i = 0; i < 2; i++) y[i] = __float_as_uint((float)b[i]);
+  PTX("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "   // the emulator reads this text, too
+      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(s[0]), "+f"(s[1]), "+f"(s[2]), "+f"(s[3])
+      : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(y[0]), "r"(y[1]));
+  UNROLL for (int i = 0; i < 4; i++) c[i] = s[i];
 #else
   (void)c; (void)a; (void)b;             // device_precision() has refused tf32
 #endif
