@@ -15,8 +15,8 @@ B = .build
 # its harmless parts are asked for: fused multiply-adds; sqrt and comparisons that need not set errno
 # or trap. Wide vectors are asked for since compilers prefer half of what AVX-512 machines have.
 WARN = -Wall -Wextra
-have = $(shell mkdir -p $B; echo 'int main(void) { return 0; }' >$B/flag.c; \
-         $(CC) $(1) -Werror -o $B/flag $B/flag.c >/dev/null 2>&1 && echo '$(1)')
+have = $(shell echo 'int main(void) { return 0; }' | \
+         $(CC) $(1) -Werror -S -o /dev/null -x c - >/dev/null 2>&1 && echo '$(1)')
 NATIVE := $(call have,-march=native)
 ifeq ($(NATIVE),)
 NATIVE := $(call have,-mcpu=native)
@@ -25,12 +25,13 @@ ifeq ($(NATIVE),)
 $(info $(CC) knows no -march=native: the programs will run, but slower than this machine could)
 endif
 WIDE := $(call have,-mprefer-vector-width=512)
-FAST = -O3 $(NATIVE) $(WIDE) -ffp-contract=fast -fno-math-errno -fno-trapping-math
+EXCESS := $(call have,-fexcess-precision=fast)   # of machines that compute floats in double
+FAST = -O3 $(NATIVE) $(WIDE) $(EXCESS) -ffp-contract=fast -fno-math-errno -fno-trapping-math
 CFLAGS = -std=c11 -D_GNU_SOURCE $(FAST) $(WARN) $(EXTRA)
 LIBS = -pthread -lm
 
 # Everything is built anew when the compiler or its flags change: this file has the last ones.
-FLAGS := $(shell echo "$(CC) $(CXX) $(FAST) $(EXTRA)" >$B/new; \
+FLAGS := $(shell mkdir -p $B; echo "$(CC) $(CXX) $(FAST) $(EXTRA)" >$B/new; \
            cmp -s $B/new $B/flags || mv $B/new $B/flags)$B/flags
 
 all: train generate test_gradients
@@ -112,17 +113,35 @@ $D/test_gradients_gpu_float: $(CHECKER) $(HEADER)
 # waits for whom. A missing barrier is reported with kernel and line.
 # make -B race SANITIZE=address,undefined finds reads and writes outside of arrays.
 SANITIZE = thread
-race: test_gradients_race
+race: $(if $(HAVE_CXX),test_gradients_race,no_cxx)
 	TSAN_OPTIONS=halt_on_error=1 ASAN_OPTIONS=detect_leaks=0 ./test_gradients_race
 
 $D/test_gradients_race: $(CHECKER) $(HEADER)
 	$(EMULATE) -O1 -fsanitize=$(SANITIZE) -DWARPS=2 -DSEARCH_FOR_RACES=1 -o $@ $< -lpthread -lm
+
+no_cxx:
+	@echo "the emulator needs a C++ compiler, and there is none ($(CXX)): name one with CXX="; exit 1
+
+# The checker on another kind of machine, which qemu-user emulates: with NEON, and weaker ordering
+# of memory. In Debian: apt install qemu-user g++-aarch64-linux-gnu
+ARM = $B/arm64
+check-arm64:
+	@mkdir -p $(ARM) && cp train.c train_gpu.cu test_gradients.c $(ARM)
+	$(MAKE) D=$(ARM) B=$(ARM)/build CC=aarch64-linux-gnu-gcc CXX=aarch64-linux-gnu-g++ \
+	  EXTRA=-static $(addprefix $(ARM)/,test_gradients test_gradients_float test_gradients_gpu)
+	@.ci/tally "qemu-aarch64 $(ARM)/test_gradients" "qemu-aarch64 $(ARM)/test_gradients_float" \
+	  "qemu-aarch64 $(ARM)/test_gradients_gpu"
 
 # Plants bugs, one at a time, and sees whether the checker finds each.
 mutants:
 	@mkdir -p $B; echo "== train_gpu.cu test_gradients_race" >$B/barriers
 	@sed -n '/^ *__syncthreads();/=' train_gpu.cu | sed 's/.*/gpu: no barrier in line & | &s@__syncthreads();@@/' >>$B/barriers
 	@.ci/mutants .ci/bugs .ci/bugs_gpu $B/barriers
+
+# Invents damaged files for so long, and has them read. Needs clang.
+SECONDS_OF_FUZZING = 600
+fuzz: train data/tales.txt
+	@.ci/fuzz $(SECONDS_OF_FUZZING)
 
 data/tales: data/tales.c
 	$(CC) -std=c11 -O2 $(WARN) -o $@ data/tales.c -lm
@@ -166,4 +185,4 @@ clean:
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
-.PHONY: all run test race mutants bench exercise clean help
+.PHONY: all run test race no_cxx check-arm64 mutants fuzz bench exercise clean help

@@ -811,8 +811,7 @@ static void check_sums(void) {
 
 #ifndef GPU
 static void check_functions(void) {
-  const real clamped[][2] = {{-1000, -87}, {-INFINITY, -87}, {(real)NAN, -87}, {1000, 88},
-                             {INFINITY, 88}};
+  const real clamped[][2] = {{-1000, -87}, {-INFINITY, -87}, {1000, 88}, {INFINITY, 88}};
   double worst_exp = 0, worst_tanh = 0;
   int ok = 1;
   for (int i = -88000; i <= 88000; i++) {
@@ -821,8 +820,8 @@ static void check_functions(void) {
     worst_exp = fmax(worst_exp, fabs(exp_(x) - want) / ulp);
     worst_tanh = fmax(worst_tanh, fabs(tanh_(u) - tanh((double)u)) / 0x1p-24);
   }
-  for (int i = 0; i < 5; i++) ok &= exp_(clamped[i][0]) == exp_(clamped[i][1]);
-  ok &= tanh_(INFINITY) == 1 && tanh_(-INFINITY) == -1;
+  for (int i = 0; i < 4; i++) ok &= exp_(clamped[i][0]) == exp_(clamped[i][1]);
+  ok &= tanh_(INFINITY) == 1 && tanh_(-INFINITY) == -1 && isnan(exp_(NAN)) && isnan(exp_(-NAN));
   expect(worst_exp < 1.1, "exp_", "%.2f units in the last place at worst", worst_exp);
   expect(worst_tanh < 4, "tanh_", "%.2f * 2^-24 at worst", worst_tanh);
   expect(ok, "exp_ and tanh_ of huge numbers, infinities, NaN", "as they are documented");

@@ -52,6 +52,10 @@
 #include <time.h>
 #include <unistd.h>
 
+#if defined __BYTE_ORDER__ && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "checkpoints are little-endian, and this program writes numbers as they are in memory"
+#endif
+
 // ---- 1. Types and the layer interface ---------------------------------------------------------
 
 #ifndef REAL
@@ -1339,29 +1343,34 @@ static void squared_norm(double *result, double *partial, const real *x, long n)
 
 // exp(x) in float, to 1 unit in the last place, in a form that the compiler can vectorise (libm's
 // is a call). Write x = n ln 2 + r with |r| <= ln 2 / 2; then exp(x) = 2^n exp(r), and exp(r) is a
-// polynomial (Cephes). For x = 3: n = 4, r = 0.2274, exp(r) = 1.2553, times 2^4 = 20.085. The bits
-// of a float are sign, exponent + 127, fraction: so n + 127, shifted to the exponent, is 2^n. x is
-// clamped to -87 .. 88, where 2^n exists. A NaN becomes -87; update() finds NaN in the loss or in
-// the gradient. (*: ln 2 in two parts. The first has few bits, so that shift times it is exact.)
+// polynomial (Cephes). For x = 3: n = 4, r = 0.2274, exp(r) = 1.2553, times 2^4 = 20.085.
+// A float of the size of 2^23 has no bits for a fraction, so adding ROUND rounds to a whole number,
+// which then stands in the low bits. The bits of a float are sign, exponent + 127, fraction: so
+// n + 127, shifted to the exponent, is 2^n. x is clamped to -87 .. 88, where 2^n exists; NaN stays.
 static inline real exp_(real x) {
   if (sizeof(real) == sizeof(double)) return exp(x);
-  float y = (float)x > -87 ? (float)x : -87;
-  y = y < 88 ? y : 88;
-  int32_t n = (int32_t)(y * 1.44269504f + 127.5f);    // n + 127, rounded to nearest
-  float shift = (float)(n - 127), r = y - shift * 0.693359375f - shift * -2.12194440e-4f;   // *
-  float p = 1.9875691500e-4f;
+  const float ROUND = 0x1.8p23f;
+  const int32_t BITS_OF_ROUND = 0x4b400000;
+  float y = x < -87 ? -87 : (float)x;
+  y = y > 88 ? 88 : y;
+  float sum = y * 1.44269504f + ROUND;
+  int32_t n;
+  memcpy(&n, &sum, 4);
+  n -= BITS_OF_ROUND;
+  float r = y - n * 0.693359375f - n * -2.12194440e-4f;   // ln 2 in two parts: the first has few
+  float p = 1.9875691500e-4f;                             // bits, so that n times it is exact
   p = p*r + 1.3981999507e-3f;
   p = p*r + 8.3334519073e-3f;
   p = p*r + 4.1665795894e-2f;
   p = p*r + 1.6666665459e-1f;
   p = p*r + 5.0000001201e-1f;
   p = p*r*r + r + 1;
-  n <<= 23;
-  memcpy(&y, &n, 4);
+  uint32_t exponent = (uint32_t)(n + 127) << 23;
+  memcpy(&y, &exponent, 4);
   return p * y;
 }
 
-static inline real tanh_(real u) { return 1 - 2 / (exp_(2*u) + 1); }   // safe for any u
+static inline real tanh_(real u) { return 1 - 2 / (exp_(2*u) + 1); }   // for any u, and NaN
 
 // ---- 7. Threads and memory --------------------------------------------------------------------
 
@@ -1669,7 +1678,8 @@ static FILE *output_open(const char *folder, const char *name) {   // folder may
   snprintf(output.temporary, sizeof output.temporary, "%s.tmp", output.path);
   unlink(output.temporary);                               // of a run that was killed
   int fd = open(output.temporary, O_WRONLY | O_CREAT | O_EXCL, 0666);   // follows no link
-  if (fd < 0 || !(output.file = fdopen(fd, "wb"))) output_failed();
+  if (fd >= 0 && !(output.file = fdopen(fd, "wb"))) unlink(output.temporary);
+  if (!output.file) output_failed();
   return output.file;
 }
 
@@ -2616,6 +2626,8 @@ static void check_options(void) {
     die("--compare %d needs at least as many --max_steps, not %d", opt.compare, opt.max_steps);
   if (opt.compare) opt.max_steps -= opt.max_steps % opt.compare;
   if (opt.resume && opt.init) die("--resume continues, --init starts: leave one out");
+  if (opt.eval && (opt.resume || opt.init || opt.compare))
+    die("--eval trains nothing: leave out --resume, --init and --compare");
 }
 
 static void check_text(long part) {              // the smallest part that windows are taken from

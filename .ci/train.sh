@@ -40,6 +40,15 @@ mkdir folder
 small="--n_layer 1 --n_head 2 --n_embd 8 --block_size 8 --batch_size 2"
 flat="--warmup 0 --learning_rate 1e-3 --min_lr 1e-3"   # a learning rate that does not depend on max_steps
 go() { "$train" text $small --threads 2 "$@"; }
+limits_bite() {   # can the address space be limited here?
+  (ulimit -v 2000 && "$train" --help) >/dev/null 2>&1 && return 1
+  (ulimit -v 3000000 && "$train" --help) >/dev/null 2>&1
+}
+range_of() {   # FILE TENSOR: where its bytes begin and end, counted from 1
+  header=$(head -c 8 "$1" | od -An -tu8 | tr -d ' ')
+  head -c $((header + 8)) "$1" | tr '{' '\n' | sed -n "/\"$2\":\$/{n;s/.*offsets\":.\([0-9]*\),\([0-9]*\).*/\1 \2/p;}" |
+    { read -r from to; echo $((header + 9 + from)) $((header + 8 + to)); }
+}
 same() { for f in model state; do cmp "$1/$f.safetensors" "$2/$f.safetensors" || return 1; done; }
 clean() { [ -z "$(find "$@" -name '*.tmp')" ] || { find "$@" -name '*.tmp'; return 1; }; }
 seed=$$
@@ -280,6 +289,9 @@ bad_options() {
   refuses 'compare' text --compare 4 --resume --out run &&
   refuses 'compare' text --compare 4 --max_steps 3 && refuses 'out' text --out '' &&
   refuses 'leave one out' text --resume --init run --out run &&
+  for option in --resume '--init run' '--compare 2'; do
+    refuses 'eval' text --eval --out run $option || return 1
+  done
   refuses 'too long' text --out "$(printf %05000d 0)"
 }
 bad_folders() {
@@ -299,6 +311,7 @@ too_large() {
   refuses 'too large' huge --batch_size 65536 --block_size 1000000 --n_embd 1 --n_head 1
 }
 little_memory() {   # an address space of so many KB
+  limits_bite || { echo "ulimit -v does not bite here: not checked"; return; }
   for limit in 20000 60000 120000; do
     (ulimit -v $limit && refuses 'memory|the system gave' text --out little --threads 2 \
        --n_embd 512 --batch_size 256) || return 1
@@ -352,6 +365,81 @@ if [ "$(id -u)" = 0 ] && mount -t tmpfs -o size=$disk_size tmpfs disk 2>/dev/nul
   check "a full disk: one line, no .tmp, the old checkpoint opens and resumes" full_disk
   umount disk
 else echo "skip a full disk: no right to mount one"; fi
+
+# ---- System calls that fail, one at a time
+
+# CALLS COMMAND: for each call and each n, trains on in `broken`, a copy of `base`, while the n-th one
+# fails; then COMMAND looks at what is there
+failing() {
+  calls=$1; shift
+  tries=0
+  for call in $calls; do
+    n=0
+    while n=$((n + 1)) && [ $n -lt 25 ]; do
+      rm -rf broken fired; cp -r base broken
+      LD_PRELOAD=$tmp/fail.so FAIL_CALL=$call FAIL_AT=$n FAIL_LOG=fired go --out broken "$@" >out \
+        2>err
+      code=$?
+      [ -f fired ] || break
+      tries=$((tries + 1))
+      if [ $code -gt 1 ] || { [ $code = 1 ] && [ "$(wc -l <err)" != 1 ]; } || ! clean broken ||
+         ! looks_right; then
+        echo "$call number $n fails: exit code $code"; cat err; return 1
+      fi
+    done
+  done
+  echo "$tries tries"
+  [ $tries -gt 20 ]
+}
+same_model() {
+  looks_right() { go --eval --out broken && go --resume --max_steps 20 --out broken && same base_end broken; }
+  rm -rf base base_end
+  go --max_steps 10 --eval_interval 5 $flat --out base && cp -r base base_end &&
+    go --resume --max_steps 20 --out base_end || return 1
+  failing "fopen fdopen fwrite fread fflush fclose fseek fsync rename unlink mkdir access stat fstat
+           posix_memalign open calloc realloc" --resume --max_steps 20
+}
+other_model() {   # over a model of another shape: the old, the new, or none; never a mixture
+  loss_of() { "$train" text --eval --out "$1" 2>&1 | tail -1; }
+  looks_right() {
+    case $(loss_of broken) in
+      "$old" | "$new" | *"No such file"*) go --resume --out broken; return 0 ;;
+      *) loss_of broken; return 1 ;;
+    esac
+  }
+  rm -rf base other
+  go --max_steps 5 --n_embd 16 --n_layer 2 --out base && go --max_steps 5 --out other || return 1
+  old=$(loss_of base) new=$(loss_of other)
+  failing "open fdopen fwrite fflush fclose fseek fsync rename unlink" --max_steps 5
+}
+if $CC -shared -fPIC -o fail.so "$here/.ci/fail.c" -ldl 2>/dev/null; then
+  check "a call that fails, anywhere: one line, and --resume ends bit for bit" same_model
+  check "a call that fails while a model of another shape is replaced: no mixture" other_model
+else
+  echo "no LD_PRELOAD here: system calls that fail are not checked"
+fi
+
+# ---- What the files have under which name
+
+moments() {   # momentum uses m only, rmsprop v only
+  zeros() {   # FOLDER PREFIX
+    set -- "$1/state.safetensors" $(range_of "$1/state.safetensors" "$2.h.0.mlp.c_fc.weight")
+    [ -z "$(head -c "$3" "$1" | tail -c +"$2" | tr -d '\000' | head -c 1)" ]
+  }
+  for optimizer in momentum rmsprop; do
+    go --optimizer $optimizer --max_steps 3 --eval_interval 0 --out $optimizer || return 1
+  done
+  zeros momentum v && ! zeros momentum m && zeros rmsprop m && ! zeros rmsprop v
+}
+check "state.safetensors has m and v under their names" moments
+damaged() {   # one number becomes NaN
+  rm -rf bad; cp -r run bad
+  set -- $(range_of bad/model.safetensors transformer.h.0.attn.c_attn.weight)
+  printf '\377\377\377\177' |
+    dd of=bad/model.safetensors bs=1 conv=notrunc seek=$(($1 - 1)) 2>/dev/null
+  refuses 'loss is nan' text --eval --out bad
+}
+check "--eval of weights that are NaN fails" damaged
 
 # ---- A loss that becomes NaN
 

@@ -1,0 +1,60 @@
+// For libFuzzer: feeds the readers of train.c whatever bytes it invents. The first byte says which
+// file of a run they are; the reader may refuse them by die(), which comes back here.
+#include <setjmp.h>
+#include <stdio.h>
+#include <stdlib.h>
+static jmp_buf back;
+static FILE *opened;
+#define exit(code) longjmp(back, 1)
+#define fopen(path, mode) (opened = fopen(path, mode))
+#define fclose(file) (opened = NULL, fclose(file))
+#define NO_MAIN
+#pragma GCC diagnostic ignored "-Wunused-function"
+#include "../train.c"
+
+static void read_state(const char *folder) {
+  static Model m;
+  const Config c = {1, 2, 8, 8, 256};
+  char value[4096];
+  model_layout(&m, c, 16, 1, 0);
+  m.weights.data = (real *)device_alloc(m.n_weights * sizeof(real));
+  Safetensors st = safetensors_open(folder, "file");
+  for (Option *o = train_options; o->name; o++)
+    if (metadata(&st, o->name, value) && o->kind != TEXT) set_option(o, value);
+  read_parameters(&m, &st, "transformer.", NULL);
+  read_parameters(&m, &st, "transformer.", m.weights.data);
+  safetensors_close(&st);
+}
+
+static void read_any_log(void) {
+  trainer[0].name = "train";
+  trainer[0].updates = 1000000;
+  text.floor = NAN;
+  log_rows = 0;
+  read_log(&trainer[0]);
+  opt.optimizer = "adamw";
+  n_trainers = 1;
+  write_plot();
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
+  static char folder[] = "fuzz.XXXXXX", path[64];
+  static const char *const name[] = {"file", "config.json", "log.csv", "text.floor"};
+  if (size < 1) return 0;
+  if (!*path && !mkdtemp(folder)) abort();
+  snprintf(path, sizeof path, "%s/%s", folder, name[data[0] % 4]);
+  FILE *f = fopen(path, "wb");
+  if (!f || fwrite(data + 1, 1, size - 1, f) != size - 1 || fclose(f)) abort();
+  opt.out = folder;
+  text.path = "text";
+  if (!setjmp(back)) {
+    if (data[0] % 4 == 0) read_state(folder);
+    if (data[0] % 4 == 1) read_config(folder);
+    if (data[0] % 4 == 2) read_any_log();
+    if (data[0] % 4 == 3) { snprintf(path, sizeof path, "%s/text", folder); text.path = path; read_floor(); }
+  }
+  if (opened) (fclose)(opened);
+  opened = NULL;
+  if (output.file) unlink(output.temporary);
+  return 0;
+}
