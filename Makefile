@@ -37,8 +37,8 @@ FLAGS := $(shell mkdir -p $B; echo "$(CC) $(CXX) $(FAST) $(EXTRA)" >$B/new; \
 all: train generate test_gradients
 
 run: train generate data/tales.txt
-	./train
-	./generate --prompt "Once"
+	./train --block_size 128 --batch_size 8 --learning_rate 3e-3
+	./generate --prompt "Once" --temperature 0.5
 
 # The gradient checker is one source and five programs: in double and in float, with train.c or with
 # the kernels; and with the plain matmul and attention in place of the fast ones. D is the folder of

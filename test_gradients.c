@@ -35,6 +35,7 @@
 #ifndef REAL
 #define REAL double
 #endif
+#include <dirent.h>
 #define NO_MAIN                          // train.c's
 #define PROGRAM "test_gradients"
 #ifndef SEARCH_FOR_RACES
@@ -140,7 +141,7 @@ typedef struct {
 static int passed, failed;
 static double worst_absolute;   // |got - want| since it was last set to 0
 static int brief;               // no diagnosis
-static int only_failures;       // no rows of what is right
+static enum { ALL_ROWS, FAILURES, NO_ROWS } shown_rows;
 static const double BAR = IS_DOUBLE ? 1e-8 : 1e-4;
 static char first_failure[80];
 
@@ -208,6 +209,17 @@ static int constant_along(const Comparison *c, const char *in_set, double size, 
   return seen > 2 * lines;
 }
 
+// Is it the right matrix, but with rows and columns exchanged?
+static int transposed(const Comparison *c, double size) {
+  if (c->rows < 2 || c->cols < 2) return 0;
+  for (int i = 0; i < c->rows; i++)
+    for (int j = 0; j < c->cols; j++)
+      if (!(fabs(c->got[(long)j * c->rows + i] - c->want[(long)i * c->cols + j]) <= c->bar * size))
+        return 0;
+  printf("right, but transposed: weights of GPT-2 are (inputs, outputs), those of nn.Linear not");
+  return 1;
+}
+
 // Where the wrong elements are, if that is a simple place.
 static void say_where(const Comparison *c, const char *wrong) {
   int r0 = c->rows, r1 = -1, c0 = c->cols, c1 = -1, T = c->shape ? c->shape->T : 0, count = 0;
@@ -248,7 +260,7 @@ static void diagnose(const Comparison *c, double size) {
   memset(all, 1, n);
   for (long i = 0; i < n; i++) wrong[i] = !(error_at(c, size, i) <= c->bar);
   printf("    ");
-  if (!say_how(c, all, size)) {
+  if (!transposed(c, size) && !say_how(c, all, size)) {
     say_where(c, wrong);
     if (say_how(c, wrong, size)) ;
     else if (c->cols > 1 && constant_along(c, wrong, size, 1))
@@ -294,13 +306,13 @@ static double compare(Comparison c) {
   int ok = count_verdict(error <= c.bar, c.layer, c.tensor);
   char at[48];
   snprintf(at, sizeof at, c.cols > 1 ? "[%ld,%ld]" : "[%ld]", worst / c.cols, worst % c.cols);
-  if (!ok || !only_failures)
+  if (shown_rows == ALL_ROWS || (shown_rows == FAILURES && !ok))
     printf("%-22s %-11s %7ld  %-10.1e %-9s %14.6e %14.6e  %s\n", c.layer, c.tensor, n, error, at,
            c.got[worst], c.want[worst], ok ? "ok" : "FAIL");
-  if (!ok && only_failures)
+  if (!ok && shown_rows == FAILURES)
     printf("    at B %d, T %d, C %d, H %d, V %d, O %d\n", c.shape->B, c.shape->T, c.shape->C,
            c.shape->H, c.shape->V, c.shape->O);
-  if (!ok && !brief) diagnose(&c, size);
+  if (!ok && !brief && shown_rows != NO_ROWS) diagnose(&c, size);
   return error;
 }
 
@@ -764,9 +776,9 @@ static void check_layers(const char **names, int n_names) {
     checking = layers[i]->name;
     check_layer(layers[i], SMALL, 1, BAR);
     check_layer(layers[i], LARGE, 0, BAR);
-    only_failures = 1;
+    shown_rows = FAILURES;
     for (int k = 0; k < N_ODD; k++) check_layer(layers[i], ODD[k], 1, BAR);
-    only_failures = 0;
+    shown_rows = ALL_ROWS;
     if (!is_matmul(layers[i])) continue;
     check_layer(layers[i], WIDE_SUM, 0, BAR);
     check_layer(layers[i], LONG_SUM, 0, BAR);
@@ -1014,7 +1026,8 @@ static void check_model(void) {
   run_piece(&shared->model, PIECE, 1.0 / N);
   get_parameters(grad, m, m->weights.grad);
   get_parameters(other, &shared->model, shared->model.weights.grad);
-  printf("\nThe whole model, in backward order: L %d, H %d, C %d, T %d, V %d, B %d\n", TINY.n_layer, TINY.n_head, TINY.n_embd, PIECE.T, LETTERS, PIECE.B);
+  printf("\nThe whole model, in backward order: L %d, H %d, C %d, T %d, V %d, B %d\n",
+         TINY.n_layer, TINY.n_head, TINY.n_embd, PIECE.T, LETTERS, PIECE.B);
   heading("backward", "finite diff.");
   worst_absolute = 0;
   brief = *layer != 0;   // the layer alone has been diagnosed; here its error spreads
@@ -1059,6 +1072,27 @@ static void show_float_differences(void) {
 // steps of a random walk, but so do the K terms: relative to the size of the sum it is 0.6 * 2^-11
 // for any K, and the worst of thousands is 3 to 6 times that.
 #ifdef GPU
+typedef struct { Matrix c, a, b; int n; } SquareProduct;
+static void square_product(void *argument) {
+  SquareProduct *p = (SquareProduct *)argument;
+  matmul(p->c, p->a, p->b, p->n, p->n, p->n, SET, NULL);
+}
+
+// 1 + 1.5 * 2^-11 becomes 1 + 2^-10 in both operands if it is rounded, and 1 if it is cut off.
+static void check_tf32_rounding(void) {
+  enum { N = 64 };
+  double x[2][N*N], c[2];
+  for (int i = 0; i < N*N; i++) x[0][i] = 1, x[1][i] = 1 + 1.5 * 0x1p-11;
+  real *one = on_device(x[0], N*N), *more = on_device(x[1], N*N), *result = on_device(x[0], N*N);
+  SquareProduct p = {rows_of(result, N), rows_of(one, N), rows_of(more, N), N};
+  for (int i = 0; i < 2; i++) {
+    launch(square_product, &p);
+    get(&c[i], result, 1);
+    p.a = rows_of(more, N); p.b = rows_of(one, N);
+  }
+  expect(c[0] == N * (1 + 0x1p-10) && c[1] == c[0], "tf32", "both operands are rounded to nearest");
+}
+
 static void check_tf32(void) {
   const double size = 0.6 * 0x1p-11;
   if (compute_capability < 80) {
@@ -1075,6 +1109,7 @@ static void check_tf32(void) {
     check_layer(layers[i], LARGE, 0, 8*size);
     expect(layers[i]->worst > size, layers[i]->name, "was in tf32: %.1e", layers[i]->worst);
   }
+  check_tf32_rounding();
   device_start(1, "fp32");
 }
 #endif
@@ -1152,7 +1187,8 @@ static void check_accumulation(void) {
     double sums = MAX(fabs(trainer[0].loss / trainer[1].loss - 1),
                       fabs(trainer[0].grad_norm / trainer[1].grad_norm - 1));
     double bar = IS_DOUBLE ? 1e-12 : 2e-6;
-    expect(apart < bar && sums < bar, opt.optimizer, "%.1e, %.1e", apart, sums);
+    int counted = trainer[0].tokens == trainer[1].tokens && trainer[0].updates == UPDATES;
+    expect(apart < bar && sums < bar && counted, opt.optimizer, "%.1e, %.1e", apart, sums);
   }
   opt.batch_size = PIECE_B;
   trainer[0].accumulate = 12;            // more copies to a GPU than can be on their way at once
@@ -1305,6 +1341,12 @@ static void check_initial_weights(void) {
     if (fabs(mean - table[k].mean) > slack * std + 1e-7 || fabs(sqrt(variance) - std) > slack * std)
       wrong = e->name;
   }
+  double first[2], flop = 6 * 10 * (100*64 + 2*12*64*64 + 7*64*2);   // for 10 tokens, T 7
+  get(first, m->wpe.data, 1);
+  model_init(m, 1338);
+  get(first + 1, m->wte.data, 1);
+  expect(first[0] != first[1], "initial weights", "of the next seed are others");
+  expect(model_flop(m, 10, 7) == flop, "floating-point operations", "%.0f", model_flop(m, 10, 7));
   expect(!wrong, "initial weights", wrong ? "%s has another mean or standard deviation"
          : "mean and standard deviation as in GPT-2%s", wrong ? wrong : "");
 }
@@ -1375,13 +1417,13 @@ static void check_learning_rate(Trainer *t) {
   opt.learning_rate = 0.05;              // below min_lr: constant
   worst = fmax(worst, fabs(learning_rate(t) - 0.05));
   expect(worst < 1e-12, "learning rate", "warmup, cosine, end: %.1e from a table", worst);
-  t->updates = 2;
-  opt.beta1 = 0.5; opt.beta2 = 0.75; opt.weight_decay = 0.3; opt.grad_clip = 4;
+  t->updates = 2; t->first_update = 1;   // as after --resume
+  opt.beta1 = 0.5; opt.beta2 = 0.9999; opt.weight_decay = 0.3; opt.grad_clip = 4;
   OptimizerConfig o = optimizer_config(t);
-  int ok = fabs(o.m_correction - 8.0/7) < 1e-6 && fabs(o.v_correction - 64.0/37) < 1e-6
-        && o.beta1 == (real)0.5 && o.beta2 == (real)0.75 && o.weight_decay == (real)0.3
-        && o.grad_clip == 4;
-  expect(ok, "bias correction of the third update", "1 / (1 - beta^3), beta 0.5 and 0.75");
+  int ok = fabs(o.m_correction * 7/8 - 1) < 1e-6
+        && fabs(o.v_correction * 2.9997000100e-4 - 1) < 1e-6 && o.beta1 == (real)0.5
+        && o.beta2 == (real)0.9999 && o.weight_decay == (real)0.3 && o.grad_clip == 4;
+  expect(ok, "bias correction of the third update", "1 / (1 - beta^3), beta 0.5 and 0.9999");
 }
 
 static void check_around_updates(Trainer *t) {
@@ -1713,47 +1755,179 @@ static void check_regression(Trainer *t) {
 // parameter under its name in Hugging Face's GPT-2; every activation (N,..) under the name that
 // layout() gives it, `loss` being that of each token; grad.NAME of the mean loss for all of them;
 // and updated.NAME, each parameter after SGD with rate 0.1. Any program can start from the same
-// tokens and parameters and write what it found under these names; --against compares what is in
-// such a file, and does not mind what is not.
+// tokens and parameters and write what it found under these names, as safetensors, or as a folder
+// of files NAME.npy; --against compares what is there, in the order in which it is computed.
 
-enum { MAX_SAVED = 400 };
-static NamedTensor saved[MAX_SAVED];
+static struct { const char *save, *against, *shape; int partial; } asked;
+static Config saved_config = {2, 3, 12, 8, LETTERS};
+static Piece saved_piece = {3, 7, 5};
+static NamedTensor *saved;
 static int n_saved;
 
+static void read_shape(void) {   // --shape L,H,C,T,V,B
+  int x[6], n = 0;
+  if (!asked.shape) return;
+  if (sscanf(asked.shape, "%d,%d,%d,%d,%d,%d%n", &x[0], &x[1], &x[2], &x[3], &x[4], &x[5], &n) != 6
+      || asked.shape[n] || x[0] < 1 || x[1] < 1 || x[2] < 1 || x[3] < 1 || x[4] < 2 || x[5] < 1
+      || x[0] > 48 || x[2] > 4096 || x[3] * x[5] > MAX_TOKENS || x[4] > 256 || x[2] % x[1])
+    die("--shape %s: expected L,H,C,T,V,B, like 2,3,12,7,29,3, with H dividing C, V up to 256 and "
+        "T*B up to %d", asked.shape, MAX_TOKENS);
+  Config config = {x[0], x[1], x[2], x[3], x[4]};
+  Piece piece = {x[5], x[3], 0};
+  saved_config = config;
+  saved_piece = piece;
+}
+
 static void add_saved(const char *prefix, const char *name, int rows, int cols, const real *data) {
-  assert(n_saved < MAX_SAVED);
   NamedTensor x = {prefix, name, rows, cols, data};
-  if (data) saved[n_saved++] = x;
+  if (!data) return;
+  saved = (NamedTensor *)host_alloc(saved, (n_saved + 1) * sizeof x);
+  saved[n_saved++] = x;
 }
 
 static void add_tokens(const char *name, const int *device) {
-  int token[MAX_TOKENS], N = PIECE.B * PIECE.T;
+  int token[MAX_TOKENS], N = saved_piece.B * saved_piece.T;
   double numbers[MAX_TOKENS];
   copy_out(token, device, N * sizeof(int));
   for (int n = 0; n < N; n++) numbers[n] = token[n];
-  add_saved("", name, PIECE.B, PIECE.T, on_device(numbers, N));
+  add_saved("", name, saved_piece.B, saved_piece.T, on_device(numbers, N));
 }
 
-static void make_saved(void) {
-  Trainer *before = new_trainer(TINY, 1), *after = new_trainer(TINY, 1);
+// Tokens for any vocabulary: letters of the poem, below V.
+static void load_saved_piece(Model *m) {
+  unsigned char letter[2 * MAX_TOKENS];
+  long start[MAX_TOKENS];
+  for (int i = 0; i < 2*MAX_TOKENS; i++)
+    letter[i] = poem()[(saved_piece.at + i) % POEM_SIZE] % m->config.vocab_size;
+  for (int b = 0; b < saved_piece.B; b++) start[b] = b * saved_piece.T;
+  load_windows(m, letter, start, saved_piece.B, saved_piece.T);
+}
+
+static void add_activations(const Model *m, int grad) {
+  int n = m->n_activations, N = saved_piece.B * saved_piece.T;
+  for (int i = 0; i < n; i++) {
+    Entry *e = &m->activation[grad ? n - 1 - i : i];
+    add_saved(grad ? "grad." : "", e->name, N, e->cols, grad ? e->tensor->grad : e->tensor->data);
+  }
+}
+
+// All tensors, in the order in which they are computed. Returns the model of the step.
+static Model *make_saved(void) {
+  Trainer *before = new_trainer(saved_config, 1), *after = new_trainer(saved_config, 1);
   Model *m = &before->model;
-  int N = PIECE.B * PIECE.T;
-  reset(before); reset(after);
-  run_piece(m, PIECE, 1.0 / N);
-  run_piece(&after->model, PIECE, 1.0 / N);
+  for (int i = 0; i < 2; i++) {
+    Trainer *t = i ? after : before;
+    MicroBatch batch = {&t->model, saved_piece.B, saved_piece.T,
+                        1.0 / (saved_piece.B * saved_piece.T)};
+    reset(t);
+    load_saved_piece(&t->model);
+    launch(run_micro_batch, &batch);
+  }
   opt.weight_decay = opt.grad_clip = 0;
   apply(after, sgd, 0.1, 0);
   add_tokens("tokens", m->token);
   add_tokens("targets", m->target);
-  for (Entry *e = m->parameter; e < m->parameter + m->n_parameters; e++) {
+  for (Entry *e = m->parameter; e < m->parameter + m->n_parameters; e++)
     add_saved("", e->name, e->rows, e->cols, e->tensor->data);
+  add_activations(m, 0);
+  add_activations(m, 1);
+  for (Entry *e = m->parameter + m->n_parameters - 1; e >= m->parameter; e--)
     add_saved("grad.", e->name, e->rows, e->cols, e->tensor->grad);
+  for (Entry *e = m->parameter; e < m->parameter + m->n_parameters; e++)
     add_saved("updated.", e->name, e->rows, e->cols, after->model.weights.data + e->data_at);
+  return m;
+}
+
+// ---- Reading theirs: a safetensors file, or a folder of .npy files
+
+// NumPy's format: \x93NUMPY, version, the length of the header, and the header, a Python dictionary
+// like {'descr': '<f8', 'fortran_order': False, 'shape': (21, 12), }
+static int find_npy(Safetensors *st, const char *folder, const char *prefix, const char *name,
+                    StoredTensor *t) {
+  unsigned char start[12];
+  char file[200], header[1024] = "", *s;
+  struct stat info;
+  snprintf(file, sizeof file, "%s%s.npy", prefix, name);
+  strcpy(st->path, path_of(folder, file));
+  if (!(st->file = fopen(st->path, "rb"))) return 0;
+  memset(t, 0, sizeof *t);
+  if (fread(start, 1, 12, st->file) != 12 || memcmp(start, "\x93NUMPY", 6))
+    die("%s is not a file of NumPy", st->path);
+  int wide = start[6] > 1;               // version 1 has 2 bytes of length, later ones 4
+  size_t length = start[8] + 256 * start[9];
+  st->begin = (wide ? 12 : 10) + (long)length;
+  if (length < 20 || length >= sizeof header || fseek(st->file, wide ? 12 : 10, SEEK_SET)
+      || fread(header, 1, length, st->file) != length || fstat(fileno(st->file), &info))
+    die("%s: its header cannot be read", st->path);
+  t->st = st;
+  t->size = strstr(header, "'<f8'") ? 8 : strstr(header, "'<f4'") ? 4 : 0;
+  strcpy(t->dtype, t->size == 8 ? "F64" : "F32");
+  if (!t->size || !strstr(header, "'fortran_order': False"))
+    die("%s: expected float64 or float32 in C order: np.save(NAME, np.ascontiguousarray(x))",
+        st->path);
+  long bytes = t->size;
+  s = strstr(header, "'shape': (");
+  for (s = s ? s + 10 : header; t->dims < 8 && isdigit((unsigned char)*s); t->dims++) {
+    t->shape[t->dims] = strtol(s, &s, 10);
+    bytes *= MIN(t->shape[t->dims], 1000000);
+    s += strspn(s, ", ");
   }
-  for (Entry *e = m->activation; e < m->activation + m->n_activations; e++) {
-    add_saved("", e->name, N, e->cols, e->tensor->data);
-    add_saved("grad.", e->name, N, e->cols, e->tensor->grad);
+  t->offset[1] = bytes;
+  if (info.st_size - st->begin < bytes) die("%s is truncated", st->path);
+  return 1;
+}
+
+static int known_name(const char *name) {
+  char full[160];
+  for (int i = 0; i < n_saved; i++) {
+    snprintf(full, sizeof full, "%s%s", saved[i].prefix, saved[i].name);
+    if (!strcmp(full, name)) return 1;
   }
+  return 0;
+}
+
+// Says which of our names ends like this one.
+static void say_unknown(const char *name) {
+  const NamedTensor *best = NULL;
+  size_t most = 6;                       // ".bias" alone says nothing
+  for (const NamedTensor *x = saved; x < saved + n_saved; x++) {
+    size_t same = 0, a = strlen(name), b = strlen(x->name);
+    while (same < a && same < b && name[a - 1 - same] == x->name[b - 1 - same]) same++;
+    if (same > most || (same == most && best && b < strlen(best->name))) best = x, most = same;
+  }
+  int grad = best && !strncmp(name, "grad.", 5);
+  printf("%s matches none of our names", name);
+  if (best) printf(": did you mean %s%s?", grad ? "grad." : "", best->name);
+  printf("\n");
+}
+
+// Names in their file that are none of ours. Returns how many; shows the first five.
+static int unknown_names(const char *path, const Safetensors *st) {
+  int unknown = 0;
+  char name[256];
+  DIR *folder = st->header ? NULL : opendir(path);
+  const char *s = st->header ? st->header : "";
+  for (;;) {
+    *name = 0;
+    if (folder) {
+      struct dirent *entry = readdir(folder);
+      size_t n = entry ? strlen(entry->d_name) : 0;
+      if (!entry) break;
+      if (n < 5 || strcmp(entry->d_name + n - 4, ".npy")) continue;
+      snprintf(name, sizeof name, "%.*s", (int)(n - 4), entry->d_name);
+    } else {
+      if (!(s = strchr(s, '"'))) break;
+      const char *end = s + 1 + strcspn(s + 1, "\""), *value = end + (*end != 0);
+      value += strspn(value, JSON_SPACE);
+      if (*value == ':') value += 1 + strspn(value + 1, JSON_SPACE);
+      if (*value == '{') snprintf(name, sizeof name, "%.*s", (int)MIN(255, end - s - 1), s + 1);
+      s = *end ? end + 1 : end;
+    }
+    if (!*name || !strcmp(name, "__metadata__") || known_name(name)) continue;
+    if (unknown++ < 5) say_unknown(name);
+  }
+  if (folder) closedir(folder);
+  return unknown;
 }
 
 static double bar_for(const char *dtype) {   // what rounding to this precision excuses
@@ -1761,43 +1935,87 @@ static double bar_for(const char *dtype) {   // what rounding to this precision 
   return !strcmp(dtype, "F64") ? BAR : !strcmp(dtype, "F16") ? 0.02 : 0.1;
 }
 
+// wte is used twice: is one of the two contributions to its gradient missing?
+static void say_tied(const Model *m, const double *got, const double *want, double bar) {
+  int C = m->config.n_embd, V = m->config.vocab_size, N = saved_piece.B * saved_piece.T;
+  double *x = new_doubles((long)N*C), *dlogits = new_doubles((long)N*V), *head = new_doubles(V*C);
+  double *embedding = new_doubles(V*C);
+  get(x, m->x_f.data, (long)N*C);
+  get(dlogits, m->logits.grad, (long)N*V);
+  for (int n = 0; n < N; n++)
+    for (int v = 0; v < V; v++)
+      for (int c = 0; c < C; c++) head[v*C + c] += dlogits[n*V + v] * x[n*C + c];
+  for (int i = 0; i < V*C; i++) embedding[i] = want[i] - head[i];
+  if (distance(got, head, V*C) < bar)
+    printf("    it is the head's contribution alone: the embedding's is missing; wte is tied\n");
+  if (distance(got, embedding, V*C) < bar)
+    printf("    it is the embedding's contribution alone: the head's is missing; wte is tied\n");
+}
+
 static void check_against(const char *path) {
-  Shape shape = {PIECE.B, PIECE.T, TINY.n_embd, TINY.n_head, LETTERS, 0};
-  Safetensors st = safetensors_open(NULL, path);
-  int known = 0;
-  make_saved();
-  heading(path, "here");
+  Shape shape = {saved_piece.B, saved_piece.T, saved_config.n_embd, saved_config.n_head,
+                 saved_config.vocab_size, 0};
+  struct stat info;
+  Safetensors st, npy;
+  int known = 0, is_folder = !stat(path, &info) && S_ISDIR(info.st_mode);
+  char right[80] = "", wrong[80] = "";
+  const Model *m = make_saved();
+  memset(&st, 0, sizeof st);
+  if (!is_folder) st = safetensors_open(NULL, path);
+  heading("theirs", "here");
   for (NamedTensor *x = saved; x < saved + n_saved; x++) {
     StoredTensor stored;
-    if (!find_tensor(&st, x->prefix, x->name, &stored)) continue;
     char name[80];
     long n = (long)x->rows * MAX(1, x->cols), their_n = 1;
+    int before = failed;
+    if (!(is_folder ? find_npy(&npy, path, x->prefix, x->name, &stored)
+                    : find_tensor(&st, x->prefix, x->name, &stored))) continue;
     known++;
     snprintf(name, sizeof name, "%s%s", x->prefix, x->name);
     for (int d = 0; d < stored.dims; d++) their_n *= stored.shape[d];
     if (their_n != n) {
       expect(0, name, "has %ld numbers, expected %ld", their_n, n);
-      continue;
+    } else {
+      double *got = new_doubles(n), *want = new_doubles(n);
+      real *numbers = (real *)host_alloc(NULL, n * sizeof(real));
+      read_numbers(&stored, numbers, n);
+      for (long i = 0; i < n; i++) got[i] = numbers[i];
+      get(want, x->data, n);
+      Comparison row = {name, stored.dtype, x->rows, MAX(1, x->cols), got, want, NULL, &shape,
+                        bar_for(stored.dtype)};
+      compare(row);
+      if (failed > before && !*wrong && !strcmp(name, "grad.wte.weight"))
+        say_tied(m, got, want, row.bar);
     }
-    double *got = new_doubles(n), *want = new_doubles(n);
-    real *numbers = (real *)host_alloc(NULL, n * sizeof(real));
-    read_numbers(&st, &stored, numbers, n);
-    for (long i = 0; i < n; i++) got[i] = numbers[i];
-    get(want, x->data, n);
-    Comparison row = {name, stored.dtype, x->rows, MAX(1, x->cols), got, want, NULL, &shape,
-                      bar_for(stored.dtype)};
-    compare(row);
+    if (failed > before && !*wrong) {
+      strcpy(wrong, name);
+      shown_rows = NO_ROWS;              // what follows from the first is only counted
+    }
+    if (!*wrong) strcpy(right, name);
+    if (is_folder) fclose(npy.file);
   }
-  printf("%d of the %d tensors that --save writes were there\n", known, n_saved);
+  int unknown = unknown_names(path, &st);
+  printf("%d of the %d tensors that --save writes were compared; %d of theirs match none\n", known,
+         n_saved, unknown);
+  if (*wrong) {
+    printf("%d are wrong. The first, in the order in which they are computed, is %s;\n"
+           "%s%s. Look at what lies between them", failed, wrong, *right ? right
+           : "nothing before it was compared", *right ? ", before it, is right" : "");
+    printf(!strncmp(wrong, "grad.", 5) && *suspects(wrong) ? ": %s\n" : "\n", suspects(wrong));
+  }
+  if (unknown && !asked.partial)
+    expect(0, path, "has %d tensors that were not compared: rename them, or give --partial",
+           unknown);
   if (!known) expect(0, path, "has no tensor under a name that --save uses");
 }
 
 // ---- 7. Main ----------------------------------------------------------------------------------
 
-static struct { const char *save, *against; } asked;
 static Option test_options[] = {
   WORD(asked, save, NULL, 0, "write a training step of a tiny model as safetensors"),
-  WORD(asked, against, NULL, 0, "compare that step with somebody else's file"),
+  WORD(asked, against, NULL, 0, "compare that step with somebody else's file, or folder of .npy"),
+  WORD(asked, shape, NULL, 0, "L,H,C,T,V,B of that model and its micro-batch: 2,3,12,7,29,3"),
+  FLAG(asked, partial, "let --against ignore tensors that have none of our names"),
   END_OF_OPTIONS};
 
 static void check_names(const char **names, int n) {
@@ -1850,21 +2068,25 @@ int main(int argc, char **argv) {
   strcat(usage, "\n");
   int n = parse_options(test_options, argc, argv, usage, names, 32);
   check_names(names, n);
+  read_shape();
+  report_crashes();
+  checking = "the device";
   device_start(1, "fp32");
   if (asked.save) {
+    checking = NULL;
     make_saved();
     write_safetensors(NULL, asked.save, saved, n_saved, NULL);
     printf("%s: %d tensors of a step of L %d, H %d, C %d, V %d, on %d sequences of %d tokens\n",
-           asked.save, n_saved, TINY.n_layer, TINY.n_head, TINY.n_embd, LETTERS, PIECE.B, PIECE.T);
+           asked.save, n_saved, saved_config.n_layer, saved_config.n_head, saved_config.n_embd,
+           saved_config.vocab_size, saved_piece.B, saved_piece.T);
     return 0;
   }
-  report_crashes();
   if (asked.against) {
     checking = "--against";
     check_against(asked.against);
   } else {
     check_layers(names, n);
-    checking = "the whole model";
+    checking = "what follows the layers";
     if (!n) check_everything();
     printf("\nworst relative errors:\n");
     for (int i = 0; i < n_layers; i++)
@@ -1894,8 +2116,8 @@ static const char *running_kernel(void) { return NULL; }
 //   - blocks, and between barriers the threads of a block, run in a random order: GPU_SEED=n;
 //   - device memory and shared memory are NaN until something is written there;
 //   - the work of a stream is done only when the host waits for it;
-//   - a barrier that not all threads reach, a host pointer in a kernel, a write next to an array, or
-//     what may not be done while a graph is recorded, ends the program;
+//   - a barrier that not all threads reach, a host pointer in a kernel, a write next to an array,
+//     or what may not be done while a graph is recorded, ends the program;
 //   - -fsanitize=address sees an index beyond an array, and the host touching device memory;
 //   - -fsanitize=thread (`make race`) sees two threads at one address without a barrier between.
 #pragma GCC diagnostic ignored "-Wunused-function"
@@ -2299,16 +2521,11 @@ UNSEEN unsigned __ballot_sync(unsigned, int vote, LINE) {
 static inline int __popc(unsigned x) { return __builtin_popcount(x); }
 
 // The instruction of the tensor core, see mma_tf32(): it uses 19 bits of each float.
-UNSEEN float tf32_of(Word bits) {
-  union { uint32_t bits; float x; } u = {bits & ~0x1fffu};
-  return u.x;
-}
-UNSEEN unsigned __float_as_uint(float x) {
-  union { float x; unsigned bits; } u = {x};
-  return u.bits;
-}
-// text is what the compiler for GPUs gets: mma {D}, {A}, {B}, {C}; with %k for the k-th operand, and
-// the operands in order, like "r"(x[2]). They are numbers of s (sums), x or y.
+static inline unsigned __float_as_uint(float x) { unsigned u; memcpy(&u, &x, 4); return u; }
+static inline float __uint_as_float(unsigned u) { float x; memcpy(&x, &u, 4); return x; }
+UNSEEN float tf32_of(Word bits) { return __uint_as_float(bits & ~0x1fffu); }
+// text is what the compiler for GPUs gets: mma {D}, {A}, {B}, {C}; with %k for the k-th operand,
+// and the operands in order, like "r"(x[2]). They are numbers of s (sums), x or y.
 #define PTX(...) emulate_mma(#__VA_ARGS__, s, x, y)
 UNSEEN void emulate_mma(const char *text, float *s, unsigned *x, unsigned *y, LINE) {
   unsigned mine[6], group[4][4] = {{0}};   // which of s, x, y: the place in `all`
@@ -2371,7 +2588,7 @@ CALL cudaEventRecord(cudaEvent_t e, cudaStream_t s) {
   *e = {s->queue.size(), true};
   return recorded ? cudaErrorStreamCaptureUnsupported : cudaSuccess;
 }
-CALL cudaEventSynchronize(cudaEvent_t e) { return run_until(e->after); }   // at once: never recorded
+CALL cudaEventSynchronize(cudaEvent_t e) { return run_until(e->after); }
 CALL cudaEventElapsedTime(float *ms, cudaEvent_t a, cudaEvent_t b) {
   *ms = 0;
   return a->recorded && b->recorded ? cudaSuccess : cudaErrorInvalidResourceHandle;

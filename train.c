@@ -1625,10 +1625,11 @@ static Evaluation evaluate(Model *m, long begin, long end) {
 }
 
 // ---- 9. Checkpoint ----------------------------------------------------------------------------
-// The folder of a run has model.safetensors and config.json, which Hugging Face opens, and
-// state.safetensors, which has all that --resume needs. Of the three, that one is written first:
+// The folder of a run has model.safetensors, config.json and two files for a tokenizer, which
+// Hugging Face's library opens, and state.safetensors, which has all that --resume needs. The last
+// is written first:
 // its rename is the moment of a save, and the others are derived from it. Besides, there are
-// log.csv and loss.svg (section 10), and .lock, an empty file. generate.c reads only the first two.
+// log.csv and loss.svg (section 10), and .lock, an empty file. generate.c reads the first two.
 // --compare writes only log.csv and loss.svg.
 
 // An option is a row of the table in section 11; name is NULL after the last one. Sizes of the
@@ -1810,12 +1811,18 @@ static int json_string(const char *s, char *text, size_t size) {
   return 1;
 }
 
-typedef struct {                                 // a file that is open
+typedef struct Safetensors {                     // a file that is open
   char path[4096], *header;
   FILE *file;
   long begin, bytes;                             // where its numbers begin, how many bytes they are
+  struct Safetensors *next;                      // another file of the same model, or NULL
 } Safetensors;
-typedef struct { char dtype[8]; int size, dims; long shape[8], offset[2]; } StoredTensor;
+typedef struct {
+  const Safetensors *st;                         // the file that it is in
+  char dtype[8];
+  int size, dims;                                // bytes of a number
+  long shape[8], offset[2];
+} StoredTensor;
 
 // Reads a tensor's entry in the header, {..} at s. Its data_offsets must be as far apart as dtype
 // and shape say.
@@ -1824,6 +1831,7 @@ static StoredTensor read_entry(const Safetensors *st, const char *s) {
   char entry[400] = "";
   size_t length = strcspn(s, "}") + 1;
   memset(&t, 0, sizeof t);
+  t.st = st;
   if (*s == '{' && length < sizeof entry) memcpy(entry, s, length);
   json_string(json_find(entry, "", "dtype"), t.dtype, sizeof t.dtype);
   t.size = !strcmp(t.dtype, "BOOL") ? 1 : atoi(t.dtype + strcspn(t.dtype, "0123456789")) / 8;
@@ -1871,6 +1879,7 @@ static Safetensors safetensors_open(const char *folder, const char *name) {
   unsigned char length[8] = {0};
   uint64_t size = 0;
   strcpy(st.path, path_of(folder, name));
+  st.next = NULL;
   st.file = fopen(st.path, "rb");
   if (!st.file || fstat(fileno(st.file), &info)) die("%s: %s", st.path, strerror(errno));
   if (!S_ISREG(info.st_mode) || fread(length, 1, 8, st.file) != 8)
@@ -1888,18 +1897,51 @@ static Safetensors safetensors_open(const char *folder, const char *name) {
 }
 
 static void safetensors_close(Safetensors *st) {   // a file keeps its disk space while it is open
-  fclose(st->file);
-  free(st->header);
+  for (; st; st = st->next) {
+    fclose(st->file);
+    free(st->header);
+  }
 }
 
 // Finds a tensor; returns 0 if it is not there.
 static int find_tensor(const Safetensors *st, const char *prefix, const char *name,
                        StoredTensor *t) {
   const char *s = json_find(st->header, prefix, name);
-  if (!*s) return 0;
+  if (!*s) return st->next ? find_tensor(st->next, prefix, name, t) : 0;
   if (*json_find(s, prefix, name)) die("%s has two tensors %s", st->path, name);
   *t = read_entry(st, s);
   return 1;
+}
+
+// Opens the weights in a folder: model.safetensors, or the files that model.safetensors.index.json
+// names if a large model was saved in several: {"weight_map":{"NAME":"FILE",..},..}
+static Safetensors open_weights(const char *folder) {
+  char name[256];
+  long size;
+  Safetensors first, *last = NULL;
+  if (!access(path_of(folder, "model.safetensors"), F_OK))
+    return safetensors_open(folder, "model.safetensors");
+  if (!access(path_of(folder, "pytorch_model.bin"), F_OK))
+    die("%s has pytorch_model.bin, which only Python can read; convert it: GPT2LMHeadModel."
+        "from_pretrained(FOLDER).save_pretrained(FOLDER, safe_serialization=True)", folder);
+  if (access(path_of(folder, "model.safetensors.index.json"), F_OK))
+    die("%s: %s", path_of(folder, "model.safetensors"), strerror(errno));
+  char *index = read_file(path_of(folder, "model.safetensors.index.json"), &size);
+  const char *s = json_find(index, "", "weight_map"), *end = s + strcspn(s, "}");
+  for (; (s = strchr(s, ':')) && s < end; s++) {   // each value names a file
+    if (!json_string(s + 1 + strspn(s + 1, JSON_SPACE), name, sizeof name)) continue;
+    Safetensors *f = last ? &first : NULL;
+    while (f && strcmp(f->path, path_of(folder, name))) f = f->next;
+    if (f) continue;
+    if (strchr(name, '/')) die("%s: a file of weights is %s, outside of it", folder, name);
+    f = last ? (Safetensors *)host_alloc(NULL, sizeof *f) : &first;
+    *f = safetensors_open(folder, name);
+    if (last) last->next = f;
+    last = f;
+  }
+  if (!last) die("%s: model.safetensors.index.json names no files", folder);
+  free(index);
+  return first;
 }
 
 static double decode(const char *dtype, const char *at) {   // F64, F32, F16 or BF16
@@ -1915,7 +1957,8 @@ static double decode(const char *dtype, const char *at) {   // F64, F32, F16 or 
 }
 
 // Reads the first n numbers of a tensor.
-static void read_numbers(const Safetensors *st, const StoredTensor *t, real *x, long n) {
+static void read_numbers(const StoredTensor *t, real *x, long n) {
+  const Safetensors *st = t->st;
   enum { AT_ONCE = 4096 };
   char buffer[AT_ONCE * 8];
   if (strcmp(t->dtype, "F32") && strcmp(t->dtype, "F64") && strcmp(t->dtype, "F16") &&
@@ -1944,7 +1987,7 @@ static void read_parameter(const Safetensors *st, const char *prefix, const Entr
         e->name, t.shape[0], t.shape[1], e->rows, e->cols);
   if (!device) return;
   real *x = (real *)host_alloc(NULL, entry_count(e) * sizeof(real));
-  read_numbers(st, &t, x, entry_count(e));
+  read_numbers(&t, x, entry_count(e));
   copy_in(device, x, entry_count(e) * sizeof(real));
   free(x);
 }
@@ -1959,6 +2002,7 @@ static const struct { const char *key, *value; int required; } hf_config[] = {
   {"scale_attn_weights", "true", 1}, {"scale_attn_by_inverse_layer_idx", "false", 1},
   {"reorder_and_upcast_attn", "false", 1}, {"add_cross_attention", "false", 1},
   {"architectures", "[\"GPT2LMHeadModel\"]", 0}, {"n_inner", "null", 0},
+  {"loss_type", "\"ForCausalLM\"", 0},
   {"resid_pdrop", "0.0", 0}, {"embd_pdrop", "0.0", 0}, {"attn_pdrop", "0.0", 0},
   {"initializer_range", "0.02", 0}, {"bos_token_id", "null", 0}, {"eos_token_id", "null", 0}};
 enum { N_HF_CONFIG = sizeof hf_config / sizeof *hf_config };
@@ -1984,7 +2028,7 @@ static void read_config(const char *folder) {
   for_sizes (o) {
     int *now = (int *)o->value;
     if (json_integers(json_find(json, "", o->json), &o->stored, 1) != 1)
-      die("%s has no numeric %s: is this the config of a GPT-2?", path, o->json);
+      die("%s has no %s that is a whole number: is this the config of a GPT-2?", path, o->json);
     if (o->stored < o->low || o->stored > o->high)
       die("%s: %s is %ld, expected %g to %g", path, o->json, o->stored, o->low, o->high);
     if (o->given && *now != o->stored && (now != &opt.config.block_size || *now > o->stored))
@@ -2041,32 +2085,69 @@ static void write_parts(const Trainer *t, const char *file_name, int parts,
   free(list);
 }
 
-// Writes config.json, unless it is there with the same text. If the old one describes another
-// model, the old model.safetensors is removed first, so that the two never stand side by side.
-static void write_config(void) {
-  char all[2048];
-  long size, n = snprintf(all, sizeof all, "{");
-  for_sizes (o)
-    n += snprintf(all + n, sizeof all - n, "\n  \"%s\": %d,", o->json, *(int *)o->value);
+static void write_config(FILE *f) {
+  fprintf(f, "{");
+  for_sizes (o) fprintf(f, "\n  \"%s\": %d,", o->json, *(int *)o->value);
   for (int i = 0; i < N_HF_CONFIG; i++)
-    n += snprintf(all + n, sizeof all - n, "\n  \"%s\": %s%s", hf_config[i].key, hf_config[i].value,
-                  i < N_HF_CONFIG - 1 ? "," : "\n}\n");
-  if (!access(path_of(opt.out, "config.json"), F_OK)) {
-    char *old = read_file(path_of(opt.out, "config.json"), &size);
-    int same = !strcmp(old, all);
-    free(old);
-    if (same) return;
+    fprintf(f, "\n  \"%s\": %s%s", hf_config[i].key, hf_config[i].value,
+            i < N_HF_CONFIG - 1 ? "," : "\n}\n");
+}
+
+// For Hugging Face's library: a token is a byte. In its "ByteLevel" alphabet, a byte that is a
+// visible character (33-126, 161-172, 174-255) stands for itself, and the 68 others, in rising
+// order, are the characters from number 256 on.
+static void write_tokenizer(FILE *f) {
+  fprintf(f, "{\"version\": \"1.0\", \"added_tokens\": [], \"normalizer\": null,\n"
+          "\"pre_tokenizer\": {\"type\": \"ByteLevel\", \"add_prefix_space\": false,"
+          " \"trim_offsets\": true, \"use_regex\": false},\n\"post_processor\": null,\n"
+          "\"decoder\": {\"type\": \"ByteLevel\", \"add_prefix_space\": true,"
+          " \"trim_offsets\": true, \"use_regex\": true},\n"
+          "\"model\": {\"type\": \"BPE\", \"unk_token\": null, \"merges\": [], \"vocab\": {");
+  for (int b = 0, other = 256; b < 256; b++) {
+    int visible = (b > 32 && b < 127) || (b > 160 && b != 173);
+    fprintf(f, "%s\"\\u%04x\": %d", b ? ", " : "\n", visible ? b : other++, b);
   }
-  unlink(path_of(opt.out, "model.safetensors"));
-  output_open(opt.out, "config.json");
-  output_write(all, n);
-  output_close();
+  fprintf(f, "}}}\n");
+}
+
+static void write_tokenizer_config(FILE *f) {
+  fprintf(f, "{\"tokenizer_class\": \"PreTrainedTokenizerFast\", \"model_max_length\": %d,"
+          " \"clean_up_tokenization_spaces\": false}\n", opt.config.block_size);
+}
+
+// Writes a small file, unless it is there with the same text. If there is a config.json of another
+// model, its model.safetensors is removed first, so that the two never stand side by side.
+static void write_if_new(const char *name, void (*write)(FILE *)) {
+  char *text = NULL, *old = NULL;
+  size_t size = 0;
+  long old_size = -1;
+  FILE *memory = open_memstream(&text, &size);
+  if (memory) write(memory);
+  if (!memory || fclose(memory)) die("no memory for %s", name);
+  if (!access(path_of(opt.out, name), F_OK)) old = read_file(path_of(opt.out, name), &old_size);
+  if (old_size != (long)size || memcmp(old, text, size)) {
+    if (write == write_config) unlink(path_of(opt.out, "model.safetensors"));
+    output_open(opt.out, name);
+    output_write(text, size);
+    output_close();
+  }
+  free(text);
+  free(old);
+}
+
+// What Hugging Face's library opens, written after the state.
+static void save_model(const Trainer *t) {
+  write_if_new("config.json", write_config);
+  if (opt.config.vocab_size == 256) {            // else tokens are not, or not only, bytes
+    write_if_new("tokenizer.json", write_tokenizer);
+    write_if_new("tokenizer_config.json", write_tokenizer_config);
+  }
+  write_parts(t, "model.safetensors", 1, write_sizes);
 }
 
 static void save(const Trainer *t) {
   write_parts(t, "state.safetensors", 3, write_state);
-  write_config();
-  write_parts(t, "model.safetensors", 1, write_sizes);
+  save_model(t);
 }
 
 // Checks, with base NULL, or reads all parameters of a model. base is laid out like m->weights.
@@ -2079,7 +2160,7 @@ static void read_parameters(const Model *m, const Safetensors *st, const char *p
 // Hugging Face hub have no prefix, and masks besides the weights, which are ignored.
 static void model_load(Model *m, const char *folder) {
   char value[4096];
-  Safetensors st = safetensors_open(folder, "model.safetensors");
+  Safetensors st = open_weights(folder);
   for_sizes (o)
     if (metadata(&st, o->name, value) && atol(value) != o->stored)
       die("%s was saved with %s %.20s, but config.json says %ld: are they of two models?", st.path,
@@ -2116,8 +2197,7 @@ static void resume(Trainer *t, Safetensors *st) {
   read_log(t);
   t->first_update = t->saved_update = t->updates;
   t->first_seconds = t->seconds;
-  write_config();                                // a save may have been killed after the state
-  write_parts(t, "model.safetensors", 1, write_sizes);
+  save_model(t);                                 // a save may have been killed after the state
 }
 
 // ---- 10. Log, plot, console -------------------------------------------------------------------
@@ -2690,6 +2770,10 @@ int main(int argc, char **argv) {
     read_options(&state);
   }
   if (opt.eval || opt.init) read_config(opt.eval ? opt.out : opt.init);
+  if (opt.config.vocab_size > 256 && !opt.resume && !option_of(&opt.config.vocab_size)->given)
+    die("%s has %d vocabulary entries, but here a token is a byte: it would see other tokens than it "
+        "knows. Give --vocab_size %d if only speed matters", opt.eval ? opt.out : opt.init,
+        opt.config.vocab_size, opt.config.vocab_size);
   check_options();
   text_open(opt.text ? opt.text : "data/tales.txt");
   if (opt.eval) {

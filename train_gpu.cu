@@ -740,18 +740,8 @@ enum {
 // A tensor core sees a float as tf32: 8 bits of exponent, 10 of fraction. We round to nearest,
 // since the hardware would cut off the other bits, always towards zero.
 static __device__ __forceinline__ real round_tf32(real x) {
-#if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 800
-  uint32_t bits;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"((float)x));
-  return __uint_as_float(bits);
-#else
-  float y = (float)x;
-  uint32_t bits;
-  memcpy(&bits, &y, 4);
-  bits = (bits + 0x1000) & ~0x1fffu;
-  memcpy(&y, &bits, 4);
-  return x != x ? x : y;
-#endif
+  unsigned bits = (__float_as_uint((float)x) + 0x1000) & ~0x1fffu;
+  return x != x ? x : (real)__uint_as_float(bits);
 }
 
 // C += A B by a whole warp, C (16,8), A (16,8), B (8,8). With g = lane / 4 and t = lane % 4, a lane

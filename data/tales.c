@@ -43,187 +43,69 @@
 //     [A=name]   the same, and A stands for it until the end of the tale; what a letter stands
 //                for is not chosen again, so two people of a tale never share a name
 //     [A] [A1]   tell again what A stands for: form 0, form 1
-//     [G=do1]    choose, but tell form 1
+//     [A=name1]  choose, but tell form 1
 //     [a J=adj]  with its article, "a red" or "an old"        [^A1]  with a capital
 //
-// In every tale A is the hero, R the trade, M the mood, T the town, G H and g h two habits. Small
-// letters belong to phrases: telling [W] again tells the [b=animal] inside that proverb again.
+// In every tale A is the hero, M the mood, R the trade, T the town. Small letters belong to phrases:
+// telling [W] again would tell the [b=animal] inside that proverb again. There are few words, so
+// that a small model knows them after a minute; what takes it longer is to agree: the name, the
+// pronoun, the kettle that was lost and is found.
 
 typedef struct { const char *name, *alternatives; } Rule;
 
 static const Rule grammar[] = {
-{"tale", "[opening] [custom] [when] [plot] [ending]\n\n"},
+{"tale", "[opening] [when] [plot] [ending]\n\n"},
 
 {"opening",
     "Once upon a time [a M=mood] [R=trade] named [A=name] lived in [T=town].|"
-    "Once there was [a M=mood] [R=trade] in [T=town] called [A=name].|"
-    "Once, in [T=town], there lived [a M=mood] [R=trade] by the name of [A=name].|"
-    "Long ago the only [R=trade] in [T=town] was [A=name], [a M=mood] soul.|"
-    "In [T=town] everybody knew [A=name], the [M=mood] [R=trade].|"
-    "Nobody in [T=town] was as [M=mood] as [A=name] the [R=trade]."},
-
-{"custom",
-    "Every morning [A1] [G=do1] [H=what] and [g=do1] [h=what].|"
-    "[^A1] [G=do1] [H=what], [g=do1] [h=what] and [do1] [what].|"
-    "Some said [A1] [G=do1] [H=what], others that [A1] [g=do1] [h=what]."},
+    "Long ago there was [a M=mood] [R=trade] in [T=town] called [A=name].|"
+    "In [T=town] everybody knew [A=name], the [M=mood] [R=trade]."},
 
 {"plot",
     // lost and found
-    "[A] could not find [A3] [J=adj] [X=thing]. [^A1] looked [where] and [where]. [B=name] the "
-    "[S=trade] had only seen [a K=adj] [Y=thing] [where].\n"
-    "'[^W=proverb],' [said] [B][how]\n"
-    "So [A] walked to the [P=place]. There sat [a mood] [U=animal] with the [J] [X].\n"
-    "'I kept it [kept] for you,' [said] the [U][how]\n"
-    "[A] gave the [U] [a adj] [thing] and [food], and carried the [J] [X] back to [T].|"
+    "[A] lost [A3] [J=adj] [X=thing]. [^A1] looked [where] and [where]. Then [A1] met [a mood] "
+    "[U=animal]. 'I kept the [J] [X] for you,' [said] the [U]. So [A] gave the [U] [food].|"
 
-    // a chain of trades
-    "[A] took [a J=adj] [X=thing] to market. At the [P=place] [A1] met [B=name] the [S=trade], who "
-    "gave [A2] [a K=adj] [Y=thing] for it. [C=name] gave [A2] [a L=adj] [Z=thing] for the [Y]. And "
-    "the [Z] went for [F=food].\n"
-    "'Where is the [J] [X]?' [said] [A3] [kin][how]\n"
-    "'[^F],' [said] [A], and [felt].\n"
-    "Then [B] knocked. 'The [X] is too [fault],' [said] [B][how] So it came back to [T].|"
-
-    // a riddle contest
-    "[A] came to the [P=place], where [a mood] [U=animal] let nobody pass.\n"
-    "'[I=riddle]' [said] the [U][how]\n"
-    "'[^a K=adj] [Y=thing],' [said] [A]. The [U] [felt] and took [A3] [E=food].\n"
-    "'[^a L=adj] [Z=thing],' [said] [A]. The [U] [felt] and took [A3] [F=food].\n"
-    "[A] thought of [what]. '[^I1]!' [A1] [said][how]\n"
-    "The [U] gave back the [E] and the [F] and let [A2] pass. Now they ask in [T]: '[I]' And every "
-    "child [said1]: '[^I1]!'|"
+    // a trade
+    "[A] took [a J=adj] [X=thing] to the [P=place]. There [A1] met [B=name], who gave [A2] "
+    "[a K=adj] [Y=thing] for the [X]. 'What will you do with [a K] [Y]?' [said] [A3] [kin]. "
+    "'I will give it to [a mood] [animal],' [said] [A].|"
 
     // a race
-    "[A] and [a mood] [U=animal] ran a race from the [P=place] to the [Q=place]. [B=name] the "
-    "[S=trade] held the prize, [a J=adj] [X=thing]. [A] ran like [a adj] [Y=thing], the [U] like "
-    "[a adj] [Z=thing].\n"
-    "'[^W=proverb],' [said] the [U][how]\n"
-    "[winner]|"
-
-    // a bargain with an animal
-    "[A] found [a mood] [U=animal] [caught] near the [P=place].\n"
-    "'Let me go,' [said] the [U], 'and you shall have [a J=adj] [X=thing]. But you must [V=do] "
-    "[O=what].'\n"
-    "'I will [V] [O],' [said] [A][how] The next day the [J] [X] lay [where]. [vow]|"
+    "[A] and [a N=mood] [U=animal] ran a race to the [P=place]. The prize was [a J=adj] [X=thing]. "
+    "But the [N] [U] stopped for [food], and so [A] won the [J] [X]. '[^W=proverb],' [said] the "
+    "[U].|"
 
     // stone soup
-    "[A] had nothing to eat, so [A1] boiled [a J=adj] [X=thing] at the [P=place].\n"
-    "'What is that?' [said] [B=name] the [S=trade][how]\n"
-    "'[^X] soup,' [said] [A]. 'It only lacks [E=food].' So [B] brought [E].\n"
-    "Then came [C=name] with [a K=adj] [Y=thing] and [F=food]. Then came [a mood] [U=animal] with "
-    "[a L=adj] [Z=thing] and [I=food]. The soup of [E], [F] and [I] was [taste].\n"
-    "'And all from one [X]!' [said] [eater][how] [A] dried the [J] [X] and kept it [where].|"
-
-    // stubborn weather
-    "the [W=weather] came to [T] and would not leave. After [N=number] days [B=name] the [S=trade] "
-    "shook [a J=adj] [X=thing] at it. It stayed. [C=name] offered it [F=food] and [I=food]. "
-    "It stayed.\n"
-    "'Dear [W], what do you want?' [said] [A][how]\n"
-    "'[^a K=adj] [Y=thing],' [said] the [W]. 'In [N] days nobody asked.'\n"
-    "[A] found the [K] [Y] [where]. The [W] [felt], took the [K] [Y] and left for [far], where it "
-    "[do1] [what].|"
-
-    // the one that is missing
-    "[A] drove [N=number] [V=flock] from the [P=place] to the [Q=place]. On the way [A1] bought "
-    "[a J=adj] [X=thing], [F=food] and [a K=adj] [Y=thing]. At the [Q] [A1] counted the [V]. There "
-    "were only [N1]! [A] looked [where] and [where].\n"
-    "'Only [N1] [V],' [said] [A] to [B=name] the [S=trade][how]\n"
-    "'And what sits on your [X]?' [said] [B][how] [A] counted again. There were [N].|"
-
-    // a message
-    "[A] had to bring a message to [B=name] in [far]: '[^I=news].' So as not to forget it, [A1] "
-    "told it to [a mood] [U=animal] at the [P=place]. '[^I],' [said] [A]. The [U] [felt].\n"
-    "Then [A] fell over [a J=adj] [X=thing] and forgot every word.\n"
-    "'Something about [a adj] [Y=thing],' [said] [A][how]\n"
-    "But the [U] had come after [A2] with the [J] [X]. '[^I],' [said] the [U]. [B] [felt] and gave "
-    "the [U] [food]."},
-
-{"winner",
-    "[A] came too late: at the [Q] the [U] sat on the [J] [X].\n'[^W],' it [said] again[how]|"
-    "But the [U] stopped for [food], and so [A] won the [J] [X].\n'[^W],' [said] [B][how]"},
-
-{"vow",
-    "For [N=number] years [A] [V1] [O], and the [J] [X] never left [A2].|"
-    "But soon [A] forgot to [V] [O], and the [J] [X] turned into [a K=adj] [Y=thing].|"
-    "When [B=name] laughed at the [J] [X], [A] [felt]. But [A1] [V1] [O]."},
+    "[A] had nothing to eat, so [A1] boiled [a J=adj] [X=thing] at the [P=place]. [B=name] brought "
+    "[E=food], and [a mood] [U=animal] brought [F=food]. 'What [a mood] soup of [E] and [F]!' "
+    "[said] [B]. And [A] dried the [J] [X]."},
 
 {"ending",
-    "[A] went home and [G1] [H], as always.|"
-    "From that day on [A1] [g1] [h] only on Sundays.|"
+    "[A] went home and [did], as always.|"
     "That is why they say in [T]: '[^w=proverb].'|"
-    "Nobody in [T] believed it but [a mood] [trade].|"
     "And [A] the [R] was never so [M] again.|"
-    "When they heard it in [T], the [trade] [felt] and the [trade] [felt].|"
-    "And that night all of [T] [G1] [H]."},
+    "That night all of [T] [did]."},
 
-{"how", ".| and [felt].|, then [do1] [what].|, eating [food].|, looking [where].|"
-    ", holding [a adj] [thing].|, as [mood] as [a animal].| more [softly] than [a animal]."},
-{"felt", "[feel] like [a mood] [animal]"},
-{"proverb", "it takes [a m=mood] [b=animal] to [e=do] [f=what]|no [c=thing] without [d=food]|"
-    "even [a b=animal] was once [m=mood]|who eats [d=food] must [e=do] [f=what]|"
-    "one [c=thing] does not make [a b=animal] [m=mood]"},
-{"news", "the [b=animal] has [i=eaten] the [c=thing]|hide the [d=food], the [j=trade] is coming|"
-    "a certain [j=trade] wants to [e=do] [f=what]|there is [a b=animal] [k=under] the [l=bed]"},
-{"town", "[t=half][u=tail]"},
-{"where", "[under] the [adj] [bed]"},
-{"when", "One morning|One evening|One Sunday|One foggy day|One market day|One winter|"
-    "On a windy Tuesday|On the first of May|Late one night|Just before supper|"
-    "In the year of the big snow|On the longest day"},
-{"name", "Nell/she/her/her|Tom/he/him/his|Mira/she/her/her|Hugo/he/him/his|Ida/she/her/her|"
-    "Otto/he/him/his|Rosa/she/her/her|Finn/he/him/his|Amara/she/her/her|Ravi/he/him/his|"
-    "Yuki/she/her/her|Omar/he/him/his|Greta/she/her/her|Kofi/he/him/his|Vera/she/her/her|"
-    "Emil/he/him/his|Zoe/she/her/her|Ben/he/him/his|Lena/she/her/her|Jack/he/him/his|"
-    "Sofia/she/her/her|Paul/he/him/his|Wanda/she/her/her|Carl/he/him/his|Ines/she/her/her|"
-    "Leo/he/him/his|Clara/she/her/her|Max/he/him/his|Judith/she/her/her|Tariq/he/him/his|"
-    "Elsa/she/her/her|Sam/he/him/his"},
-{"mood", "cheerful|elegant|shy|stubborn|sleepy|curious|proud|clever|hungry|polite|gloomy|impatient|"
-    "wise|jealous|brave|idle"},
-{"trade", "miller|baker|tailor|weaver|potter|cobbler|shepherd|sailor|gardener|clockmaker|beekeeper|"
-    "lamplighter|carpenter|piper|postman|teacher"},
-{"half", "Thorn|Apple|Cold|Nether|Salt|Goose|Pepper|Fern|Moss|Crow|Honey|Stone|Elder|Winter|Otter|"
-    "Candle|Owl|Rain|Barley|Pudding"},
-{"tail", "by|field|water|wick|marsh|gate|hill|bridge|ham|well"},
-{"far", "Lisbon|Bergen|Samarkand|Timbuktu|Naples|Kyoto|Cork|Zanzibar|Lima|Oslo|Quebec|Bombay"},
-{"do", "argue with/argued with|sing to/sang to|count/counted|paint/painted|write to/wrote to|"
-    "dance with/danced with|salute/saluted|laugh at/laughed at|iron/ironed|whistle at/whistled at|"
-    "knit socks for/knitted socks for|measure/measured|polish/polished|bow to/bowed to|"
-    "read to/read to|bark at/barked at"},
-{"what", "the onions|the moon|the kettles|every cow|snails|the newspaper|the geese|the rain|clouds|"
-    "the hens|the north wind|a cabbage|ducks|the stairs|the mayor|both bulls"},
-{"adj", "red|old|silver|crooked|tiny|blue|rusty|wooden|golden|enormous|squeaky|lucky|dented|"
-    "striped|ugly|green|borrowed|sticky|velvet|hollow|purple|leaky|invisible|haunted"},
-{"thing", "kettle|lantern|fiddle|umbrella|key|clock|spoon|button|drum|ladder|mirror|basket|whistle|"
-    "boot|teapot|hat|compass|bell|pillow|trumpet|violin|shovel|candle|sock"},
-{"place", "harbour|mill|market|well|lighthouse|crossroads|orchard|bridge|chapel|ferry|quarry|inn|"
-    "river|town gate|smithy|windy hill"},
-{"animal", "fox|owl|goat|crow|hedgehog|goose|badger|otter|donkey|toad|hare|tomcat|pig|swan|eel|"
-    "robin"},
-{"flock", "geese|goats|sheep|piglets|ducks|hens|calves|donkeys"},
-{"food", "bread|cheese|honey|plums|walnuts|pickles|butter|dumplings|turnips|cake|onions|beans|"
-    "leeks|barley|mushrooms|noodles"},
-{"under", "under|behind|on|inside|below|beside|over|between the cat and"},
-{"bed", "bed|stove|soup pot|roof|piano|flour bin|chimney|stairs|cheese|bath|beehive|cradle|"
-    "wardrobe|haystack|sofa|wheelbarrow"},
-{"number", "three/two|four/three|five/four|six/five|seven/six|eight/seven|nine/eight|ten/nine|"
-    "eleven/ten|twelve/eleven"},
-{"said", "said/says|cried/cries|whispered/whispers|sighed/sighs|muttered/mutters|sang/sings|"
-    "grumbled/grumbles|shouted/shouts|giggled/giggles|growled/growls"},
-{"softly", "softly|bravely|sweetly|slowly|gravely|hoarsely|kindly|proudly|sadly|politely|wisely"},
-{"feel", "laughed|wept|turned pale|blushed|sneezed|nodded|bowed|yawned|smiled|shivered|coughed|"
-    "danced"},
-{"kept", "warm|dry|safe|polished|secret|well fed"},
-{"kin", "mother|father|uncle|aunt|grandmother|brother"},
-{"fault", "loud|small|heavy|clever|bright|honest"},
-{"taste", "good|thick|hot|strange|the best in [T]|better than [food]"},
-{"caught", "caught in a net|stuck in a jug|tied to a tree|asleep in a trap|locked in a barrel"},
-{"weather", "rain|fog|snow|wind|frost|hail|thunder"},
-{"eater", "[B]|[C]|the [U]"},
-{"eaten", "eaten|married|sold|hidden|found|kissed|painted|stolen"},
-{"riddle", "What has teeth and cannot bite?/a comb|What has hands and cannot clap?/a watch|"
-    "What has an eye and cannot see?/a needle|What has a neck and no head?/a bottle|"
-    "What runs and has no feet?/a stream|What gets wet while it dries?/a towel|"
-    "What is full of holes and holds water?/a sponge|What breaks when you name it?/silence|"
-    "What grows when you take from it?/a hole|What fills a room and weighs nothing?/light"},
+{"proverb", "it takes [a m=mood] [b=animal] to find [a c=adj] [d=thing]|"
+    "no [d=thing] without [e=food]|even [a b=animal] was once [m=mood]"},
+{"when", "One morning|On a windy day|Late one night|On the first of May"},
+{"did", "sang|danced|slept well|ate [food]"},
+{"where", "[under] the [bed]"},
+{"name", "Nell/she/her/her|Tom/he/him/his|Mira/she/her/her|Hugo/he/him/his|Rosa/she/her/her|"
+    "Finn/he/him/his|Ida/she/her/her|Omar/he/him/his"},
+{"mood", "cheerful|shy|stubborn|proud|clever|hungry"},
+{"trade", "miller|baker|tailor|weaver|sailor|gardener"},
+{"town", "Thornby|Applewick|Coldwater|Goosefield|Mossbridge"},
+{"adj", "red|old|silver|tiny|blue|golden"},
+{"thing", "kettle|lantern|fiddle|umbrella|key|clock"},
+{"place", "harbour|mill|market|bridge|orchard"},
+{"animal", "fox|owl|goat|crow|hedgehog|toad"},
+{"food", "bread|cheese|honey|plums|walnuts|turnips"},
+{"under", "under|behind|inside|below"},
+{"bed", "bed|stove|piano|roof|sofa"},
+{"said", "said|cried|whispered|sighed"},
+{"kin", "mother|father|uncle|aunt"},
 };
 
 // ---------------------------------------------------------------------------------------------
