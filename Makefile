@@ -167,6 +167,10 @@ data/compare.svg: data/shakespeare.txt train
 	./train $< --compare 4 --max_steps 1000 --out run/compare
 	cp run/compare/loss.svg $@
 
+# Every optimizer at its own default rate: a table, and this picture.
+compare-optimizers: data/shakespeare.txt train
+	@.ci/optimizers $< data/optimizers.svg
+
 # Step time, tokens/s and GFLOP/s of three sizes of model: the median of the steps of a run. Then
 # tokens/s of generate, and how near that is to reading the weights and doing nothing else.
 bench: train generate data/tales.txt
@@ -185,4 +189,4 @@ clean:
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
-.PHONY: all run test race no_cxx check-arm64 mutants fuzz bench exercise clean help
+.PHONY: all run test race no_cxx check-arm64 mutants fuzz compare-optimizers bench exercise clean help

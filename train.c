@@ -2582,7 +2582,8 @@ Option train_options[] = {
   NUM(opt, learning_rate, NULL, 0, 1e6, IN_STATE, "the highest; default: that of the optimizer"),
   NUM(opt, min_lr, NULL, 0, 1e6, IN_STATE, "at the end of the cosine; default: a tenth of that"),
   INT(opt, warmup, "100", 0, 1e9, IN_STATE, "updates of linear warmup"),
-  NUM(opt, weight_decay, "0.1", 0, 1e3, IN_STATE, "for matrices only"),
+  NUM(opt, weight_decay, NULL, 0, 1e3, IN_STATE,
+      "for matrices only; default: 0.1 of adamw, 0 of the others, where it would be coupled"),
   NUM(opt, beta1, "0.9", 0, 0.999999, IN_STATE, "decay of the optimizer's m"),
   NUM(opt, beta2, "0.99", 0, 0.999999, IN_STATE, "decay of the optimizer's v"),
   NUM(opt, grad_clip, "1.0", 0, 1e9, IN_STATE, "largest norm of the gradient; 0: no limit"),
@@ -2694,8 +2695,10 @@ static void read_options(const Safetensors *st) {
 
 static void check_options(void) {
   Config c = opt.config;
-  double rate = optimizers[optimizer_named(opt.optimizer)].learning_rate;
-  if (!option_of(&opt.learning_rate)->given) opt.learning_rate = rate;
+  int kind = optimizer_named(opt.optimizer);
+  if (!option_of(&opt.learning_rate)->given) opt.learning_rate = optimizers[kind].learning_rate;
+  if (!option_of(&opt.weight_decay)->given)
+    opt.weight_decay = optimizers[kind].decay == DECOUPLED ? 0.1 : 0;
   if (!option_of(&opt.min_lr)->given) opt.min_lr = opt.learning_rate / 10;
   if (c.n_embd % c.n_head)
     die("--n_embd %d is not divisible by --n_head %d", c.n_embd, c.n_head);
