@@ -1426,12 +1426,24 @@ static void check_learning_rate(Trainer *t) {
   expect(ok, "bias correction of the third update", "1 / (1 - beta^3), beta 0.5 and 0.9999");
 }
 
+static void check_decode(void) {
+  static const struct { const char *dtype; uint16_t bits; double x; } table[] = {
+    {"F16", 0x0001, 0x1p-24}, {"F16", 0x83ff, -1023 * 0x1p-24}, {"F16", 0x0400, 0x1p-14},
+    {"F16", 0x3555, 0x1.554p-2}, {"F16", 0xfbff, -65504}, {"F16", 0x7c00, INFINITY},
+    {"BF16", 0x0001, 0x1p-133}, {"BF16", 0xc049, -3.140625}};
+  int ok = 1;
+  for (int i = 0; i < 8; i++)
+    ok &= decode(table[i].dtype, (const char *)&table[i].bits) == table[i].x;
+  expect(ok, "numbers in F16 and BF16", "tiny, usual, huge");
+}
+
 static void check_around_updates(Trainer *t) {
   printf("\nAround an update\n");
   check_initial_weights();
   check_micro_batches(t);
   check_evaluate(t);
   check_learning_rate(t);
+  check_decode();
 }
 
 // ---- c. Wrong recipes
