@@ -3,6 +3,10 @@
 # make race     searches the CUDA kernels for races, with no GPU
 # make bench    how fast training and generating are here
 # make data/shakespeare.txt   fetches a text that everybody knows
+# make compare-optimizers     all seven on it, as a table and a plot
+# make mutants  plants bugs, and sees that the checker finds each (half an hour)
+# make fuzz     has invented files read, for ten minutes
+# make check-arm64   checks the program for another kind of processor, emulated
 # make exercise N=1   sets up an exercise, or judges your solution; without N: which there are
 # make clean    removes what make made, except texts and run/
 # make help     lists these
@@ -171,10 +175,11 @@ data/compare.svg: data/shakespeare.txt train
 compare-optimizers: data/shakespeare.txt train
 	@.ci/optimizers $< data/optimizers.svg
 
-# Step time, tokens/s and GFLOP/s of three sizes of model: the median of the steps of a run. Then
-# tokens/s of generate, and how near that is to reading the weights and doing nothing else.
+# Step time, tokens/s, GFLOP/s and the share of the machine's peak for four sizes of model; with
+# PEER=python3 the same in PyTorch, if that python has it. Then tokens/s of generate, and how near
+# that is to reading the weights and doing nothing else.
 bench: train generate data/tales.txt
-	@.ci/bench
+	@CC='$(CC)' BENCH_FLAGS='$(FAST)' PEER=$(PEER) .ci/bench
 	@./generate --bench
 	@if [ -f run/config.json ]; then ./generate --bench run; fi
 
@@ -187,6 +192,6 @@ clean:
 	  test_gradients_plain test_gradients_gpu test_gradients_gpu_float test_gradients_race data/tales
 
 help:
-	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+	@sed -n '1,/^$$/s/^# \(make .*\)/\1/p' Makefile
 
 .PHONY: all run test race no_cxx check-arm64 mutants fuzz compare-optimizers bench exercise clean help

@@ -20,6 +20,7 @@
 
 #define NO_MAIN   // train.c's
 #define PROGRAM "generate"
+#define LOWER "--samples, --beam or --tokens"
 #pragma GCC diagnostic ignored "-Wunused-function"   // of train.c: this program does not train
 #include "train.c"
 

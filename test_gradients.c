@@ -970,8 +970,8 @@ static void localise(const Model *m, const char *right, const char *layer) {
   else if (above) printf("  In backward order %s is right, then %s is wrong", above, wrong);
   else printf("  %s, the first in backward order, is wrong", wrong);
   if (*layer) printf(": look at\n  %s. (Alone, %s failed first.)\n", suspects(wrong), layer);
-  else printf(". Each layer is right alone, so\n  look at the call in backward() or forward() of "
-              "%s\n", suspects(wrong));
+  else printf(". Each layer is right alone:\n  look at the calls in backward() and forward(): %s\n",
+              suspects(wrong));
 }
 
 typedef struct { Model *m; Entry *e; double *data; Piece piece; } Moved;   // a moved parameter
@@ -1037,6 +1037,7 @@ static void check_model(void) {
     double *want = model_slopes(m, e, PIECE, entry_count(e));
     Comparison row = {e->name, "", e->rows, MAX(1, e->cols), got, want, NULL, &shape, BAR};
     right[i] = compare(row) <= BAR;
+    if (!right[i]) brief = 1;            // what follows from the first needs no diagnosis
   }
   printf("An absolute tolerance of 2e-2 %s here: the worst is %.1e\n",
          worst_absolute <= 0.02 ? "passes" : "fails", worst_absolute);

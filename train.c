@@ -62,6 +62,9 @@
 #define REAL float   // the gradient checker sets it to double
 #endif
 typedef REAL real;
+#ifndef LOWER
+#define LOWER "--batch_size, --block_size, --n_embd or --n_layer"   // what takes memory
+#endif
 #ifndef DEVICE
 #define DEVICE       // marks functions that train_gpu.cu also calls from kernels
 #endif
@@ -1437,8 +1440,8 @@ static void *device_alloc(size_t bytes) {
   void *p = NULL;
   device_bytes += bytes;
   if (device_bytes > there || posix_memalign(&p, 64, MAX(bytes, 1)))
-    die("the model and its batch need more than %.1f MB of memory, the machine has %.1f MB: lower "
-        "--batch_size, --block_size, --n_embd or --n_layer", device_bytes / 1e6, there / 1e6);
+    die("%.1f MB of memory cannot be had (the machine has %.1f MB): lower " LOWER,
+        device_bytes / 1e6, there / 1e6);
   memset(p, 0, bytes);
   return p;
 }

@@ -1123,8 +1123,8 @@ static void *device_alloc(size_t bytes) {
   if (error == cudaErrorMemoryAllocation) {
     size_t left = 0, total = 0;
     CHECK(cudaMemGetInfo(&left, &total));
-    die("no GPU memory for %.1f MB: %.1f of %.1f MB are free; lower --batch_size, --block_size, "
-        "--n_embd or --n_layer", bytes / 1e6, left / 1e6, total / 1e6);
+    die("no GPU memory for %.1f MB: %.1f of %.1f MB are free; lower " LOWER, bytes / 1e6,
+        left / 1e6, total / 1e6);
   }
   CHECK(error);
   CHECK(cudaMemsetAsync(p, 0, MAX(bytes, 1), stream));
