@@ -782,6 +782,13 @@ static void check_layers(const char **names, int n_names) {
     if (!is_matmul(layers[i])) continue;
     check_layer(layers[i], WIDE_SUM, 0, BAR);
     check_layer(layers[i], LONG_SUM, 0, BAR);
+#ifdef GPU                               // which kernel is used depends on how many
+    int before = multiprocessors;
+    multiprocessors = before == 2 ? 132 : 2;
+    check_layer(layers[i], LARGE, 0, BAR);
+    check_layer(layers[i], LONG_SUM, 0, BAR);
+    multiprocessors = before;
+#endif
   }
 }
 
@@ -1111,6 +1118,12 @@ static void check_tf32(void) {
     expect(layers[i]->worst > size, layers[i]->name, "was in tf32: %.1e", layers[i]->worst);
   }
   check_tf32_rounding();
+#ifdef EMULATED
+  emulated_ptx = 75;                     // code for Turing, compiled anew by the driver
+  device_start(1, "fp32");
+  expect(compute_capability == 75, "tf32", "is not there in code for an older GPU");
+  emulated_ptx = 80;
+#endif
   device_start(1, "fp32");
 }
 #endif
@@ -2574,7 +2587,8 @@ struct cudaDeviceProp {
   int multiProcessorCount, major, minor;
   size_t totalGlobalMem;
 };
-struct cudaFuncAttributes { int unused; };
+struct cudaFuncAttributes { int ptxVersion; };
+static int emulated_ptx = 80;
 #define CALL static inline cudaError_t
 CALL cudaGetLastError(void) { return cudaSuccess; }
 CALL cudaGetDeviceCount(int *n) { *n = 1; return cudaSuccess; }
@@ -2583,7 +2597,10 @@ CALL cudaGetDeviceProperties(cudaDeviceProp *p, int) {
   *p = {"an emulated GPU", 2, 8, 0, 64 << 20};   // so small that small matrices occupy it
   return cudaSuccess;
 }
-CALL cudaFuncGetAttributes(cudaFuncAttributes *, const void *) { return cudaSuccess; }
+CALL cudaFuncGetAttributes(cudaFuncAttributes *a, const void *) {
+  a->ptxVersion = emulated_ptx;
+  return cudaSuccess;
+}
 CALL cudaMemGetInfo(size_t *left, size_t *all) {
   *left = *all = (size_t)1 << 34;
   return cudaSuccess;

@@ -2777,8 +2777,8 @@ int main(int argc, char **argv) {
   }
   if (opt.eval || opt.init) read_config(opt.eval ? opt.out : opt.init);
   if (opt.config.vocab_size > 256 && !opt.resume && !option_of(&opt.config.vocab_size)->given)
-    die("%s has %d vocabulary entries, but here a token is a byte: it would see other tokens than it "
-        "knows. Give --vocab_size %d if only speed matters", opt.eval ? opt.out : opt.init,
+    die("%s has %d vocabulary entries, but here a token is a byte: it would see other tokens than "
+        "it knows. Give --vocab_size %d if only speed matters", opt.eval ? opt.out : opt.init,
         opt.config.vocab_size, opt.config.vocab_size);
   check_options();
   text_open(opt.text ? opt.text : "data/tales.txt");

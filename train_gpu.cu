@@ -700,7 +700,7 @@ typedef struct {                         // C = A B + bias, or C += A B
 
 // First the kernel that the others replace: a thread computes one element of C.
 static __global__ void matmul_plain(Product p) {
-  long j = (long)blockIdx.x * THREADS + threadIdx.x, i = blockIdx.y;
+  long i = blockIdx.x, j = (long)blockIdx.y * THREADS + threadIdx.x;
   if (j >= p.N) return;
   real sum = 0, *y = p.c.at + i*p.c.down + j;
   for (long k = 0; k < p.K; k++)
@@ -759,7 +759,10 @@ static __device__ __forceinline__ void mma_tf32(real *c, const real *a, const re
       : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(y[0]), "r"(y[1]));
   UNROLL for (int i = 0; i < 4; i++) c[i] = s[i];
 #else
-  (void)c; (void)a; (void)b;             // device_precision() has refused tf32
+  (void)c; (void)a; (void)b;
+#ifdef __CUDA_ARCH__
+  __trap();                              // never reached: device_start() has refused tf32
+#endif
 #endif
 }
 
@@ -948,7 +951,9 @@ static void matmul(Matrix c, Matrix a, Matrix b, int M, int N, int K, int mode, 
     p.slice = blocks(blocks(K, slices), DEEP) * DEEP;   // whole steps
     slices = blocks(K, p.slice);
   } else slices = 1;
-  dim3 grid(blocks(N, 8*side), blocks(M, 8*side), slices), plain_grid(blocks(N, THREADS), M);
+  dim3 grid(blocks(N, 8*side), blocks(M, 8*side), slices), plain_grid(M, blocks(N, THREADS));
+  if (grid.y > 65535)
+    die("a matrix of %d rows is too large for a GPU's grid: lower --batch_size", M);
   if (PLAIN) RUN(matmul_plain<<<plain_grid, THREADS, 0, stream>>>(p));
   else if (is_big && use_tf32) RUN(matmul_big_tf32<<<grid, side*side, 0, stream>>>(p));
   else if (is_big) RUN(matmul_big<<<grid, side*side, 0, stream>>>(p));
@@ -1022,10 +1027,9 @@ static void squared_norm(double *result, double *partial, const real *x, long n)
 
 // ---- 7. Device memory and launches ------------------------------------------------------------
 
-// After copy_in() the caller may change its memory. So a small copy, like the tokens of a
-// micro-batch, first goes to a slot of "pinned" memory, which the GPU can read by itself, and
-// copy_in() returns at once: the CPU can be ahead of the GPU by up to SLOTS copies. A large copy
-// waits until it is done.
+// After copy_in() the caller may change its memory. So a copy, like the tokens of a micro-batch,
+// first goes to a slot of "pinned" memory, which the GPU can read by itself, and copy_in() returns
+// at once: the CPU can be ahead of the GPU by up to SLOTS copies.
 enum { SLOTS = 16, SLOT_BYTES = 256 << 10 };
 static struct { void *memory; cudaEvent_t sent; } slot[SLOTS];
 
@@ -1046,13 +1050,15 @@ static const char *device_start(int threads, const char *precision) {
     die("this program has no code for %s (%s): make -B train_gpu ARCH=sm_%d%d", gpu.name,
         cudaGetErrorString(error), gpu.major, gpu.minor);
   multiprocessors = gpu.multiProcessorCount;
-  compute_capability = 10*gpu.major + gpu.minor;
+  // The code counts, not only the GPU: compiled for an older one, it has no tensor cores.
+  compute_capability = MIN(10*gpu.major + gpu.minor, attributes.ptxVersion);
   use_tf32 = strcmp(precision, "tf32") == 0;
   if (!use_tf32 && strcmp(precision, "fp32"))
     die("--precision %s: expected fp32 or tf32", precision);
   if (use_tf32 && compute_capability < 80)
-    die("--precision tf32 needs compute capability 8.0, this GPU has %d.%d: use fp32", gpu.major,
-        gpu.minor);
+    die("--precision tf32 needs compute capability 8.0; this GPU has %d.%d, and this program was "
+        "compiled for %d.%d: use fp32, or make -B train_gpu", gpu.major, gpu.minor,
+        attributes.ptxVersion / 10, attributes.ptxVersion % 10);
   if (stream) return name;               // a second call
   CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   for (int i = 0; i < SLOTS; i++) {
@@ -1134,16 +1140,14 @@ static void *device_alloc(size_t bytes) {
 
 static void copy_in(void *device, const void *host, size_t bytes) {
   static int next;
-  if (bytes > SLOT_BYTES) {
-    CHECK(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, stream));
-    CHECK(cudaStreamSynchronize(stream));
-    return;
+  for (size_t at = 0, part; at < bytes; at += part, next = (next + 1) % SLOTS) {
+    void *memory = slot[next].memory;
+    part = MIN(bytes - at, (size_t)SLOT_BYTES);
+    CHECK(cudaEventSynchronize(slot[next].sent));   // the copy of SLOTS copies ago
+    memcpy(memory, (const char *)host + at, part);
+    CHECK(cudaMemcpyAsync((char *)device + at, memory, part, cudaMemcpyHostToDevice, stream));
+    CHECK(cudaEventRecord(slot[next].sent, stream));
   }
-  int i = next++ % SLOTS;
-  CHECK(cudaEventSynchronize(slot[i].sent));   // the copy of SLOTS calls ago
-  memcpy(slot[i].memory, host, bytes);
-  CHECK(cudaMemcpyAsync(device, slot[i].memory, bytes, cudaMemcpyHostToDevice, stream));
-  CHECK(cudaEventRecord(slot[i].sent, stream));
 }
 
 static void copy_out(void *host, const void *device, size_t bytes) {
