@@ -5,7 +5,7 @@
 # make data/shakespeare.txt   fetches a text that everybody knows
 # make compare-optimizers     all seven on it, as a table and a plot
 # make mutants  plants bugs, and sees that the checker finds each (half an hour)
-# make fuzz     has invented files read, for ten minutes
+# make fuzz     fuzzes the file readers, for ten minutes
 # make check-arm64   checks the program for another kind of processor, emulated
 # make exercise N=1   sets up an exercise, or judges your solution; without N: which there are
 # make clean    removes what make made, except texts and run/
@@ -131,7 +131,7 @@ no_cxx:
 ARM = $B/arm64
 check-arm64:
 	@mkdir -p $(ARM) && cp train.c train_gpu.cu test_gradients.c $(ARM)
-	$(MAKE) D=$(ARM) B=$(ARM)/build CC=aarch64-linux-gnu-gcc CXX=aarch64-linux-gnu-g++ \
+	$(MAKE) D=$(ARM) B=$(ARM)/build NVCC= CC=aarch64-linux-gnu-gcc CXX=aarch64-linux-gnu-g++ \
 	  EXTRA=-static $(addprefix $(ARM)/,test_gradients test_gradients_float test_gradients_gpu)
 	@.ci/tally "qemu-aarch64 $(ARM)/test_gradients" "qemu-aarch64 $(ARM)/test_gradients_float" \
 	  "qemu-aarch64 $(ARM)/test_gradients_gpu"
@@ -142,7 +142,7 @@ mutants:
 	@sed -n '/^ *__syncthreads();/=' train_gpu.cu | sed 's/.*/gpu: no barrier in line & | &s@__syncthreads();@@/' >>$B/barriers
 	@.ci/mutants .ci/bugs .ci/bugs_gpu $B/barriers
 
-# Invents damaged files for so long, and has them read. Needs clang.
+# Fuzzes the file readers. Needs clang.
 SECONDS_OF_FUZZING = 600
 fuzz: train data/tales.txt
 	@.ci/fuzz $(SECONDS_OF_FUZZING)

@@ -20,7 +20,7 @@
 
 #define NO_MAIN   // train.c's
 #define PROGRAM "generate"
-#define LOWER "--samples, --beam or --tokens"
+#define LOWER "--samples, --beam or --tokens, or take a smaller model"
 #pragma GCC diagnostic ignored "-Wunused-function"   // of train.c: this program does not train
 #include "train.c"
 
@@ -699,12 +699,12 @@ int main(int argc, char **argv) {
     read_config(gen.folder);
     config = opt.config;
   }
-  if (config.vocab_size > 256)
-    fprintf(stderr, "generate: of %d vocabulary entries only the first 256 are written, as bytes: "
-            "a model whose tokens are not bytes will write nonsense\n", config.vocab_size);
   if (config.vocab_size > 256 && gen.score)
     die("%s has %d vocabulary entries, but here a token is a byte: a loss would mean nothing",
         gen.folder, config.vocab_size);
+  if (config.vocab_size > 256)
+    fprintf(stderr, "generate: of %d vocabulary entries only the first 256 are written, as bytes: "
+            "a model whose tokens are not bytes will write nonsense\n", config.vocab_size);
   take_prompt(config);
   int rows = gen.bench ? BENCH_ROWS : MAX(gen.beam, gen.samples);
   int cores = (int)MAX(1, MIN(1024, sysconf(_SC_NPROCESSORS_ONLN)));

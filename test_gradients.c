@@ -38,6 +38,7 @@
 #include <dirent.h>
 #define NO_MAIN                          // train.c's
 #define PROGRAM "test_gradients"
+#define LOWER "--shape"                  // what takes memory
 #ifndef SEARCH_FOR_RACES
 #define SEARCH_FOR_RACES 0
 #endif
@@ -76,6 +77,10 @@ static real *on_device(const double *x, long n) {
   real *p = (real *)device_alloc(n * sizeof(real));
   put(p, x, n);
   return p;
+}
+
+static double larger(double worst, double error) {   // unlike fmax, keeps a NaN
+  return error <= worst || isnan(worst) ? worst : error;
 }
 
 static double norm_of(const double *x, long n) {
@@ -216,7 +221,7 @@ static int transposed(const Comparison *c, double size) {
     for (int j = 0; j < c->cols; j++)
       if (!(fabs(c->got[(long)j * c->rows + i] - c->want[(long)i * c->cols + j]) <= c->bar * size))
         return 0;
-  printf("right, but transposed: weights of GPT-2 are (inputs, outputs), those of nn.Linear not");
+  printf("right, but transposed (weights of GPT-2 are (inputs, outputs), those of nn.Linear not)");
   return 1;
 }
 
@@ -836,8 +841,8 @@ static void check_functions(void) {
   for (int i = -88000; i <= 88000; i++) {
     real x = (real)(i * 1e-3 * (1 + 1e-5 * random_uniform(600, i))), u = x / 8;
     double want = exp((double)MIN(MAX(x, -87), 88)), ulp = ldexp(1, ilogb(want) - 23);
-    worst_exp = fmax(worst_exp, fabs(exp_(x) - want) / ulp);
-    worst_tanh = fmax(worst_tanh, fabs(tanh_(u) - tanh((double)u)) / 0x1p-24);
+    worst_exp = larger(worst_exp, fabs(exp_(x) - want) / ulp);
+    worst_tanh = larger(worst_tanh, fabs(tanh_(u) - tanh((double)u)) / 0x1p-24);
   }
   for (int i = 0; i < 4; i++) ok &= exp_(clamped[i][0]) == exp_(clamped[i][1]);
   ok &= tanh_(INFINITY) == 1 && tanh_(-INFINITY) == -1 && isnan(exp_(NAN)) && isnan(exp_(-NAN));
@@ -931,7 +936,7 @@ static void reset(Trainer *t) {                    // to random weights and no s
   put_parameters(w, m, m->weights.data);
   put(t->moment_m, zeros, m->n_weights);
   put(t->moment_v, zeros, m->n_weights);
-  t->updates = 0;
+  t->updates = t->tokens = 0;
 }
 
 static void run_piece(Model *m, Piece p, double dloss) {   // dloss 0: forward only
@@ -1158,13 +1163,16 @@ static double *change_by_updates(Trainer *t, int accumulate, int batch_size) {
 }
 
 // After an update its gradient is still there. It must be that of the same micro-batches, alone, at
-// the weights before the update: nothing left from earlier updates, no micro-batch twice.
+// the weights before the update: nothing left from earlier updates, no micro-batch twice. The same
+// holds of loss, accuracy and norm.
 static double gradient_apart(Trainer *t, Trainer *other) {
   Model *m = &t->model, *n = &other->model;
   double *w = new_doubles(m->count), *got = new_doubles(m->count), *want = new_doubles(m->count);
   double tokens = t->accumulate * opt.batch_size * opt.config.block_size;
   get_parameters(w, m, m->weights.data);
   put_parameters(w, n, n->weights.data);
+  LossSums sums = {0, 0, 0};
+  copy_in(n->sums, &sums, sizeof sums);
   launch(zero_gradients, n);
   for (int k = 0; k < t->accumulate; k++) {
     MicroBatch batch = {n, opt.batch_size, opt.config.block_size, 1 / tokens};
@@ -1175,8 +1183,10 @@ static double gradient_apart(Trainer *t, Trainer *other) {
   update(t);
   get_parameters(got, m, m->weights.grad);
   get_parameters(want, n, n->weights.grad);
-  double apart = distance(got, want, m->count);
-  return apart;
+  copy_out(&sums, n->sums, sizeof sums);
+  double apart = larger(distance(got, want, m->count), fabs(t->loss * tokens / sums.loss - 1));
+  return larger(larger(apart, fabs(t->accuracy * tokens / sums.correct - 1)),
+                fabs(t->grad_norm / norm_of(want, m->count) - 1));
 }
 
 static void check_accumulation(void) {
@@ -1201,7 +1211,9 @@ static void check_accumulation(void) {
     double sums = MAX(fabs(trainer[0].loss / trainer[1].loss - 1),
                       fabs(trainer[0].grad_norm / trainer[1].grad_norm - 1));
     double bar = IS_DOUBLE ? 1e-12 : 2e-6;
-    int counted = trainer[0].tokens == trainer[1].tokens && trainer[0].updates == UPDATES;
+    double tokens = PIECES * PIECE_B * PIECE_T;
+    int counted = trainer[0].tokens == UPDATES * tokens && trainer[1].tokens == UPDATES * tokens
+               && trainer[0].updates == UPDATES;
     expect(apart < bar && sums < bar && counted, opt.optimizer, "%.1e, %.1e", apart, sums);
   }
   opt.batch_size = PIECE_B;
@@ -1352,14 +1364,16 @@ static void check_initial_weights(void) {
     for (long i = 0; i < n; i++) mean += w[i] / n;
     for (long i = 0; i < n; i++) variance += (w[i] - mean) * (w[i] - mean) / n;
     double std = table[k].std, slack = 5 / sqrt((double)n);   // 5 standard errors
-    if (fabs(mean - table[k].mean) > slack * std + 1e-7 || fabs(sqrt(variance) - std) > slack * std)
-      wrong = e->name;
+    if (!(fabs(mean - table[k].mean) <= slack * std + 1e-7
+          && fabs(sqrt(variance) - std) <= slack * std)) wrong = e->name;
   }
-  double first[2], flop = 6 * 10 * (100*64 + 2*12*64*64 + 7*64*2);   // for 10 tokens, T 7
-  get(first, m->wpe.data, 1);
+  double first[3], flop = 6 * 10 * (100*64 + 2*12*64*64 + 7*64*2);   // for 10 tokens, T 7
+  get(first, m->wte.data, 1);
+  get(first + 1, m->wpe.data, 1);
   model_init(m, 1338);
-  get(first + 1, m->wte.data, 1);
-  expect(first[0] != first[1], "initial weights", "of the next seed are others");
+  get(first + 2, m->wte.data, 1);
+  expect(first[0] != first[2] && first[1] != first[2], "initial weights",
+         "of the next seed are others");
   expect(model_flop(m, 10, 7) == flop, "floating-point operations", "%.0f", model_flop(m, 10, 7));
   expect(!wrong, "initial weights", wrong ? "%s has another mean or standard deviation"
          : "mean and standard deviation as in GPT-2%s", wrong ? wrong : "");
@@ -1405,7 +1419,7 @@ static void check_evaluate(Trainer *t) {
   double worst = 0, correct = sums.correct / (WINDOWS*T), loss = sums.loss / (WINDOWS*T);
   for (int more = 0; more < T; more += T - 1) {
     Evaluation e = evaluate(m, BEGIN, end + more);
-    worst = fmax(worst, fmax(fabs(e.loss / loss - 1), fabs(e.accuracy - correct)));
+    worst = larger(worst, larger(fabs(e.loss / loss - 1), fabs(e.accuracy - correct)));
   }
   expect(worst < (IS_DOUBLE ? 1e-14 : 1e-6), "evaluate", "%.1e from its windows one by one", worst);
   Evaluation fewer = evaluate(m, BEGIN, end - 1);
@@ -1424,12 +1438,12 @@ static void check_learning_rate(Trainer *t) {
     n_trainers = table[i].trainers;
     t->accumulate = table[i].accumulate;
     t->updates = table[i].updates;
-    worst = fmax(worst, fabs(learning_rate(t) - table[i].rate));
+    worst = larger(worst, fabs(learning_rate(t) - table[i].rate));
   }
   n_trainers = before;
   t->updates = 8;
   opt.learning_rate = 0.05;              // below min_lr: constant
-  worst = fmax(worst, fabs(learning_rate(t) - 0.05));
+  worst = larger(worst, fabs(learning_rate(t) - 0.05));
   expect(worst < 1e-12, "learning rate", "warmup, cosine, end: %.1e from a table", worst);
   t->updates = 2; t->first_update = 1;   // as after --resume
   opt.beta1 = 0.5; opt.beta2 = 0.9999; opt.weight_decay = 0.3; opt.grad_clip = 4;
@@ -1795,7 +1809,8 @@ static void read_shape(void) {   // --shape L,H,C,T,V,B
   if (!asked.shape) return;
   if (sscanf(asked.shape, "%d,%d,%d,%d,%d,%d%n", &x[0], &x[1], &x[2], &x[3], &x[4], &x[5], &n) != 6
       || asked.shape[n] || x[0] < 1 || x[1] < 1 || x[2] < 1 || x[3] < 1 || x[4] < 2 || x[5] < 1
-      || x[0] > 48 || x[2] > 4096 || x[3] * x[5] > MAX_TOKENS || x[4] > 256 || x[2] % x[1])
+      || x[0] > 48 || x[2] > 4096 || x[3] > MAX_TOKENS || x[5] > MAX_TOKENS / x[3] || x[4] > 256
+      || x[2] % x[1])
     die("--shape %s: expected L,H,C,T,V,B, like 2,3,12,7,29,3, with H dividing C, V up to 256 and "
         "T*B up to %d", asked.shape, MAX_TOKENS);
   Config config = {x[0], x[1], x[2], x[3], x[4]};
@@ -1875,27 +1890,33 @@ static int find_npy(Safetensors *st, const char *folder, const char *prefix, con
   struct stat info;
   snprintf(file, sizeof file, "%s%s.npy", prefix, name);
   strcpy(st->path, path_of(folder, file));
-  if (!(st->file = fopen(st->path, "rb"))) return 0;
+  if (!(st->file = fopen(st->path, "rb"))) {
+    if (errno == ENOENT) return 0;
+    die("%s: %s", st->path, strerror(errno));
+  }
   memset(t, 0, sizeof *t);
   if (fread(start, 1, 12, st->file) != 12 || memcmp(start, "\x93NUMPY", 6))
     die("%s is not a file of NumPy", st->path);
   int wide = start[6] > 1;               // version 1 has 2 bytes of length, later ones 4
   size_t length = start[8] + 256 * start[9];
   st->begin = (wide ? 12 : 10) + (long)length;
-  if (length < 20 || length >= sizeof header || fseek(st->file, wide ? 12 : 10, SEEK_SET)
+  if ((wide && (start[10] || start[11])) || length < 20 || length >= sizeof header
+      || fseek(st->file, wide ? 12 : 10, SEEK_SET)
       || fread(header, 1, length, st->file) != length || fstat(fileno(st->file), &info))
     die("%s: its header cannot be read", st->path);
   t->st = st;
-  t->size = strstr(header, "'<f8'") ? 8 : strstr(header, "'<f4'") ? 4 : 0;
-  strcpy(t->dtype, t->size == 8 ? "F64" : "F32");
-  if (!t->size || !strstr(header, "'fortran_order': False"))
-    die("%s: expected float64 or float32 in C order: np.save(NAME, np.ascontiguousarray(x))",
-        st->path);
+  s = strstr(header, "'descr': '");
+  t->size = s ? atoi(s + 12) : 0;
+  snprintf(t->dtype, sizeof t->dtype, "%s%d", s && s[11] == 'f' ? "F" : "I", 8 * t->size);
+  if (!s || s[10] != '<' || t->size < 1 || t->size > 16
+      || !strstr(header, "'fortran_order': False"))
+    die("%s: expected numbers in C order: np.save(NAME, np.ascontiguousarray(x))", st->path);
   long bytes = t->size;
   s = strstr(header, "'shape': (");
   for (s = s ? s + 10 : header; t->dims < 8 && isdigit((unsigned char)*s); t->dims++) {
     t->shape[t->dims] = strtol(s, &s, 10);
-    bytes *= MIN(t->shape[t->dims], 1000000);
+    if (bytes > LONG_MAX / MAX(t->shape[t->dims], 1)) die("%s: its shape is too large", st->path);
+    bytes *= t->shape[t->dims];
     s += strspn(s, ", ");
   }
   t->offset[1] = bytes;
@@ -1922,7 +1943,8 @@ static void say_unknown(const char *name) {
     if (same > most || (same == most && best && b < strlen(best->name))) best = x, most = same;
   }
   int grad = best && !strncmp(name, "grad.", 5);
-  printf("%s matches none of our names", name);
+  for (const char *c = name; *c; c++) putchar((unsigned char)*c < 32 || *c == 127 ? '?' : *c);
+  printf(" matches none of our names");
   if (best) printf(": did you mean %s%s?", grad ? "grad." : "", best->name);
   printf("\n");
 }
@@ -1998,9 +2020,11 @@ static void check_against(const char *path) {
                     : find_tensor(&st, x->prefix, x->name, &stored))) continue;
     known++;
     snprintf(name, sizeof name, "%s%s", x->prefix, x->name);
-    for (int d = 0; d < stored.dims; d++) their_n *= stored.shape[d];
-    if (their_n != n) {
+    for (int d = 0; d < stored.dims; d++) their_n *= stored.shape[d];   // cannot overflow:
+    if (their_n != n) {                                  // the bytes have been counted
       expect(0, name, "has %ld numbers, expected %ld", their_n, n);
+    } else if (*stored.dtype != 'F' && *stored.dtype != 'B') {
+      expect(0, name, "is %s: save it as float64", stored.dtype);
     } else {
       double *got = new_doubles(n), *want = new_doubles(n);
       real *numbers = (real *)host_alloc(NULL, n * sizeof(real));
@@ -2025,8 +2049,8 @@ static void check_against(const char *path) {
          n_saved, unknown);
   if (*wrong) {
     printf("%d are wrong. The first, in the order in which they are computed, is %s;\n"
-           "%s%s. Look at what lies between them", failed, wrong, *right ? right
-           : "nothing before it was compared", *right ? ", before it, is right" : "");
+           "%s%s", failed, wrong, *right ? right : "nothing before it was compared",
+           *right ? ", before it, is right: look at what lies between them" : "");
     printf(!strncmp(wrong, "grad.", 5) && *suspects(wrong) ? ": %s\n" : "\n", suspects(wrong));
   }
   if (unknown && !asked.partial)
@@ -2420,7 +2444,11 @@ static void show_memory(bool show) {     // the host may use it only through the
 }
 // Each array stands between two margins, which are NaN like the array. The address sanitizer has
 // its own.
-enum { MARGIN = ASAN(0 *) 64 };
+#if ASAN(1) + 0
+enum { MARGIN = 0 };
+#else
+enum { MARGIN = 64 };
+#endif
 template <class T> static cudaError_t cudaMalloc(T **p, size_t n) {
   char *all = (char *)malloc(n + 2*MARGIN);
   if (recorded) return cudaErrorStreamCaptureUnsupported;
@@ -2559,8 +2587,10 @@ UNSEEN void emulate_mma(const char *text, float *s, unsigned *x, unsigned *y, LI
   int operands = 0, n = 0;
   if (!strstr(text, "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32"))
     gpu_die("an instruction that the emulator does not know", self, 0);
-  for (const char *p = text; (p = strchr(p, '(')); p++, operands++)
+  for (const char *p = text; (p = strchr(p, '(')); p++, operands++) {
+    if (operands == 10 || p[2] != '[') gpu_die("operands that the emulator cannot read", self, 0);
     name[operands] = p[1], at[operands] = (char)(p[3] - '0');
+  }
   for (const char *p = strchr(text, '{'); p; p = strchr(p + 1, '{'), n++)
     for (int i = 0; *p != '}' && i < 4; i++, p += 3) group[n][i] = p[2] - '0';
   for (int i = 0; i < 6; i++) {

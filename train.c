@@ -1,8 +1,8 @@
 // train.c trains GPT-2 on any text file, on a CPU. The forward and backward pass of every layer is
-// written out by hand, in plain C. Its only dependencies are libc, libm and pthreads. (Of what GCC
-// and clang add to C it uses: ({ ... }), a block whose last line is its value; __thread, a variable
-// of each thread's own; vector types, in the matmul; __atomic functions, in the barrier; #pragma in
-// the form _Pragma("..."); and __attribute__.)
+// written out by hand, in plain C. Its only dependencies are libc, libm and pthreads. (It uses some
+// GNU extensions, which clang has, too: ({ ... }), a block whose last line is its value; __thread,
+// a variable of each thread's own; vector types, in the matmul; __atomic functions, in the barrier;
+// #pragma in the form _Pragma("..."); and __attribute__.)
 //
 // The whole model, where x[n,:] is the row of C numbers that stands for token n:
 //
@@ -1347,9 +1347,10 @@ static void squared_norm(double *result, double *partial, const real *x, long n)
 // exp(x) in float, to 1 unit in the last place, in a form that the compiler can vectorise (libm's
 // is a call). Write x = n ln 2 + r with |r| <= ln 2 / 2; then exp(x) = 2^n exp(r), and exp(r) is a
 // polynomial (Cephes). For x = 3: n = 4, r = 0.2274, exp(r) = 1.2553, times 2^4 = 20.085.
-// A float of the size of 2^23 has no bits for a fraction, so adding ROUND rounds to a whole number,
-// which then stands in the low bits. The bits of a float are sign, exponent + 127, fraction: so
-// n + 127, shifted to the exponent, is 2^n. x is clamped to -87 .. 88, where 2^n exists; NaN stays.
+// A float from 2^23 to 2^24 has no bits for a fraction, so adding ROUND, in the middle, rounds to a
+// whole number, which then stands in the low bits. The bits of a float are sign, exponent + 127,
+// fraction: so n + 127, shifted to the exponent, is 2^n. x is clamped to -87 .. 88, where 2^n
+// exists; NaN stays.
 static inline real exp_(real x) {
   if (sizeof(real) == sizeof(double)) return exp(x);
   const float ROUND = 0x1.8p23f;
@@ -1360,8 +1361,9 @@ static inline real exp_(real x) {
   int32_t n;
   memcpy(&n, &sum, 4);
   n -= BITS_OF_ROUND;
-  float r = y - n * 0.693359375f - n * -2.12194440e-4f;   // ln 2 in two parts: the first has few
-  float p = 1.9875691500e-4f;                             // bits, so that n times it is exact
+  // ln 2 in two parts: the first has few bits, so that n times it is exact
+  float r = y - n * 0.693359375f - n * -2.12194440e-4f;
+  float p = 1.9875691500e-4f;
   p = p*r + 1.3981999507e-3f;
   p = p*r + 8.3334519073e-3f;
   p = p*r + 4.1665795894e-2f;
@@ -1440,7 +1442,7 @@ static void *device_alloc(size_t bytes) {
   void *p = NULL;
   device_bytes += bytes;
   if (device_bytes > there || posix_memalign(&p, 64, MAX(bytes, 1)))
-    die("%.1f MB of memory cannot be had (the machine has %.1f MB): lower " LOWER,
+    die("cannot allocate %.1f MB of memory (the machine has %.1f MB): lower " LOWER,
         device_bytes / 1e6, there / 1e6);
   memset(p, 0, bytes);
   return p;
@@ -1630,10 +1632,9 @@ static Evaluation evaluate(Model *m, long begin, long end) {
 // ---- 9. Checkpoint ----------------------------------------------------------------------------
 // The folder of a run has model.safetensors, config.json and two files for a tokenizer, which
 // Hugging Face's library opens, and state.safetensors, which has all that --resume needs. The last
-// is written first:
-// its rename is the moment of a save, and the others are derived from it. Besides, there are
-// log.csv and loss.svg (section 10), and .lock, an empty file. generate.c reads the first two.
-// --compare writes only log.csv and loss.svg.
+// is written first: its rename is the moment of a save, and the others are derived from it.
+// Besides, there are log.csv and loss.svg (section 10), and .lock, an empty file. generate.c reads
+// the first two. --compare writes only log.csv and loss.svg.
 
 // An option is a row of the table in section 11; name is NULL after the last one. Sizes of the
 // model have a json name: their key in config.json.
@@ -1911,7 +1912,8 @@ static int find_tensor(const Safetensors *st, const char *prefix, const char *na
                        StoredTensor *t) {
   const char *s = json_find(st->header, prefix, name);
   if (!*s) return st->next ? find_tensor(st->next, prefix, name, t) : 0;
-  if (*json_find(s, prefix, name)) die("%s has two tensors %s", st->path, name);
+  if (*json_find(s, prefix, name) || (st->next && find_tensor(st->next, prefix, name, t)))
+    die("%s has two tensors %s", st->path, name);
   *t = read_entry(st, s);
   return 1;
 }
@@ -1924,11 +1926,13 @@ static Safetensors open_weights(const char *folder) {
   Safetensors first, *last = NULL;
   if (!access(path_of(folder, "model.safetensors"), F_OK))
     return safetensors_open(folder, "model.safetensors");
-  if (!access(path_of(folder, "pytorch_model.bin"), F_OK))
-    die("%s has pytorch_model.bin, which only Python can read; convert it: GPT2LMHeadModel."
-        "from_pretrained(FOLDER).save_pretrained(FOLDER, safe_serialization=True)", folder);
-  if (access(path_of(folder, "model.safetensors.index.json"), F_OK))
-    die("%s: %s", path_of(folder, "model.safetensors"), strerror(errno));
+  if (access(path_of(folder, "model.safetensors.index.json"), F_OK)) {
+    if (!access(path_of(folder, "pytorch_model.bin"), F_OK) ||
+        !access(path_of(folder, "pytorch_model.bin.index.json"), F_OK))
+      die("%s has pytorch_model.bin, which only Python can read; convert it: GPT2LMHeadModel."
+          "from_pretrained(FOLDER).save_pretrained(FOLDER, safe_serialization=True)", folder);
+    die("%s: %s", path_of(folder, "model.safetensors"), strerror(ENOENT));
+  }
   char *index = read_file(path_of(folder, "model.safetensors.index.json"), &size);
   const char *s = json_find(index, "", "weight_map"), *end = s + strcspn(s, "}");
   for (; (s = strchr(s, ':')) && s < end; s++) {   // each value names a file
@@ -2119,17 +2123,19 @@ static void write_tokenizer_config(FILE *f) {
 }
 
 // Writes a small file, unless it is there with the same text. If there is a config.json of another
-// model, its model.safetensors is removed first, so that the two never stand side by side.
-static void write_if_new(const char *name, void (*write)(FILE *)) {
+// model, that model's other files are removed first: the two never stand side by side.
+static void write_if_changed(const char *name, void (*write)(FILE *)) {
+  static const char *const others[] = {"model.safetensors", "model.safetensors.index.json",
+                                       "tokenizer.json", "tokenizer_config.json"};
   char *text = NULL, *old = NULL;
   size_t size = 0;
   long old_size = -1;
   FILE *memory = open_memstream(&text, &size);
   if (memory) write(memory);
-  if (!memory || fclose(memory)) die("no memory for %s", name);
+  if (!memory || ferror(memory) || fclose(memory)) die("no memory for %s", name);
   if (!access(path_of(opt.out, name), F_OK)) old = read_file(path_of(opt.out, name), &old_size);
   if (old_size != (long)size || memcmp(old, text, size)) {
-    if (write == write_config) unlink(path_of(opt.out, "model.safetensors"));
+    for (int i = 0; i < 4 && write == write_config; i++) unlink(path_of(opt.out, others[i]));
     output_open(opt.out, name);
     output_write(text, size);
     output_close();
@@ -2138,12 +2144,12 @@ static void write_if_new(const char *name, void (*write)(FILE *)) {
   free(old);
 }
 
-// What Hugging Face's library opens, written after the state.
+// Writes the files that Hugging Face's library opens; the state has been written before.
 static void save_model(const Trainer *t) {
-  write_if_new("config.json", write_config);
+  write_if_changed("config.json", write_config);
   if (opt.config.vocab_size == 256) {            // else tokens are not, or not only, bytes
-    write_if_new("tokenizer.json", write_tokenizer);
-    write_if_new("tokenizer_config.json", write_tokenizer_config);
+    write_if_changed("tokenizer.json", write_tokenizer);
+    write_if_changed("tokenizer_config.json", write_tokenizer_config);
   }
   write_parts(t, "model.safetensors", 1, write_sizes);
 }
@@ -2193,7 +2199,9 @@ static void resume(Trainer *t, Safetensors *st) {
   t->updates = strtol(step, &end, 10);
   if (end == step || *end || t->updates < 0 || t->updates >= 1000000000)
     die("%s: its step is %.40s, expected a whole number below 1e9", st->path, step);
-  if (metadata(st, "tokens", tokens)) t->tokens = atol(tokens);
+  if (metadata(st, "tokens", tokens)) t->tokens = strtol(tokens, NULL, 10);
+  if (t->tokens < 0 || t->tokens > LONG_MAX / 2)
+    die("%s: its count of tokens is %.40s", st->path, tokens);
   real *part[] = {t->model.weights.data, t->moment_m, t->moment_v};
   for (int i = 0; i < 3; i++) read_parameters(&t->model, st, part_prefix[i], part[i]);
   safetensors_close(st);
@@ -2777,8 +2785,8 @@ int main(int argc, char **argv) {
   }
   if (opt.eval || opt.init) read_config(opt.eval ? opt.out : opt.init);
   if (opt.config.vocab_size > 256 && !opt.resume && !option_of(&opt.config.vocab_size)->given)
-    die("%s has %d vocabulary entries, but here a token is a byte: it would see other tokens than "
-        "it knows. Give --vocab_size %d if only speed matters", opt.eval ? opt.out : opt.init,
+    die("%s has %d vocabulary entries, but here a token is a byte: if its tokens are words, it "
+        "would read nonsense. Confirm with --vocab_size %d", opt.eval ? opt.out : opt.init,
         opt.config.vocab_size, opt.config.vocab_size);
   check_options();
   text_open(opt.text ? opt.text : "data/tales.txt");

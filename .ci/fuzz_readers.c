@@ -16,8 +16,8 @@ static void read_state(const char *folder) {
   static Model m;
   const Config c = {1, 2, 8, 8, 256};
   char value[4096];
-  model_layout(&m, c, 16, 1, 0);
-  m.weights.data = (real *)device_alloc(m.n_weights * sizeof(real));
+  if (!m.parameter) model_layout(&m, c, 16, 1, 0);
+  if (!m.weights.data) m.weights.data = (real *)device_alloc(m.n_weights * sizeof(real));
   Safetensors st = safetensors_open(folder, "file");
   for (Option *o = train_options; o->name; o++)
     if (metadata(&st, o->name, value) && o->kind != TEXT) set_option(o, value);
@@ -39,19 +39,21 @@ static void read_any_log(void) {
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   static char folder[] = "fuzz.XXXXXX", path[64];
-  static const char *const name[] = {"file", "config.json", "log.csv", "text.floor"};
+  static const char *const name[] = {"file", "config.json", "log.csv", "text.floor",
+                                     "model.safetensors.index.json"};
   if (size < 1) return 0;
   if (!*path && !mkdtemp(folder)) abort();
-  snprintf(path, sizeof path, "%s/%s", folder, name[data[0] % 4]);
+  snprintf(path, sizeof path, "%s/%s", folder, name[data[0] % 5]);
   FILE *f = fopen(path, "wb");
   if (!f || fwrite(data + 1, 1, size - 1, f) != size - 1 || fclose(f)) abort();
   opt.out = folder;
   text.path = "text";
   if (!setjmp(back)) {
-    if (data[0] % 4 == 0) read_state(folder);
-    if (data[0] % 4 == 1) read_config(folder);
-    if (data[0] % 4 == 2) read_any_log();
-    if (data[0] % 4 == 3) { snprintf(path, sizeof path, "%s/text", folder); text.path = path; read_floor(); }
+    if (data[0] % 5 == 0) read_state(folder);
+    if (data[0] % 5 == 4) open_weights(folder);
+    if (data[0] % 5 == 1) read_config(folder);
+    if (data[0] % 5 == 2) read_any_log();
+    if (data[0] % 5 == 3) { snprintf(path, sizeof path, "%s/text", folder); text.path = path; read_floor(); }
   }
   if (opened) (fclose)(opened);
   opened = NULL;

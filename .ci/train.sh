@@ -411,9 +411,11 @@ other_model() {   # over a model of another shape: the old, the new, or none; ne
   loss_of() { "$train" text --eval --out "$1" 2>&1 | tail -1; }
   looks_right() {
     case $(loss_of broken) in
-      "$old" | "$new" | *"No such file"*) go --resume --out broken; return 0 ;;
+      "$old" | "$new" | *"No such file"*) ;;
       *) loss_of broken; return 1 ;;
     esac
+    go --resume --out broken || "$train" text --resume --out broken || return 1
+    case $(loss_of broken) in "$old" | "$new") ;; *) loss_of broken; return 1 ;; esac
   }
   rm -rf base other
   go --max_steps 5 --n_embd 16 --n_layer 2 --out base && go --max_steps 5 --out other || return 1
@@ -537,6 +539,20 @@ END
   grep -q '"empty"' half/model.safetensors &&
   [ "$("$train" last --eval --out half | tail -1)" = "$(tail -1 eval.txt)" ]   # a tensor of no numbers disturbs nothing
 }
+shards() {   # a model in two files, and indexes that are not right
+  rm -rf two; mkdir two && cp run/config.json two && cp run/model.safetensors two/a.safetensors || return 1
+  edit run/model.safetensors two/b.safetensors 's/.*/{"e":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}/' &&
+    head -c $(($(wc -c <two/b.safetensors) - $(numbers run/model.safetensors | wc -c))) two/b.safetensors >b &&
+    mv b two/b.safetensors
+  echo '{"weight_map":{"e":"b.safetensors", "wte.weight": "a.safetensors"}}' >two/model.safetensors.index.json
+  [ "$("$train" last --eval --out two | tail -1)" = "$(tail -1 eval.txt)" ] || return 1
+  for map in '"e":"c.safetensors"=No such file' '"e":"../x"=outside' '"e":"\u002fx"=outside' '=names no files'; do
+    echo "{\"weight_map\":{${map%=*}}}" >two/model.safetensors.index.json
+    refuses "${map##*=}" last --eval --out two || return 1
+  done
+  rm two/model.safetensors.index.json && : >two/pytorch_model.bin && refuses save_pretrained last --eval --out two
+}
+check "a model in two files opens, a wrong index does not" shards
 check "weights in F16 and BF16 open, and a file with an empty tensor" half_precision
 
 hostile() {   # PATTERN HEADER BYTES: such a file is refused by --eval, --init and --resume
@@ -631,7 +647,7 @@ configs() {
   config 'two models' 's/"n_layer": 1/"n_layer": 1000/' &&
   config 'n_embd' 's/"n_embd": 8/"n_embd": 9999998/' &&
   config 'n_positions' 's/"n_positions": 8/"n_positions": 9999999/' &&
-  config 'two models' 's/"vocab_size": 256/"vocab_size": 9999999/' &&
+  config 'token is a byte' 's/"vocab_size": 256/"vocab_size": 9999999/' &&
   config 'n_layer' 's/"n_layer": 1/"n_layer": 99999999999999999999/' || return 1
   head -c 100 /dev/zero >other/config.json && refuses 'no n_layer' last --eval --out other &&
   : >other/config.json && refuses 'no n_layer' last --eval --out other
