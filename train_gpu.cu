@@ -769,10 +769,10 @@ static __device__ __forceinline__ void mma_tf32(real *c, const real *a, const re
 // Copying the numbers of one step of an operand: a line is a row of A or a column of B. This
 // thread's Real4 number l begins at (line, k). Consecutive threads run along k, then to the next
 // line, if k is what is consecutive in memory; else along the lines, then to the next k.
-static __device__ __forceinline__ void place_of(int l, int side, int depth, long column,
+static __device__ __forceinline__ void place_of(int l, int side, int depth, long right,
                                                 int *line, int *k) {
   int number = threadIdx.x + l*side*side;
-  if (column == 1) {
+  if (right == 1) {
     *line = number / (depth / 4);
     *k = number % (depth / 4) * 4;
   } else {
@@ -799,15 +799,15 @@ static __device__ __forceinline__ void fetch(Real4 *four, int side, int depth, M
 // From registers to shared memory, as tile[k][line] whatever the strides of the operand are: so
 // transposing costs nothing more. In tf32 numbers are rounded here, once for all who read them.
 static __device__ __forceinline__ void put(real *tile, const Real4 *four, int side, int depth,
-                                           long column, int tf32) {
+                                           long right, int tf32) {
   int row = 8*side + PAD;
   UNROLL for (int l = 0; l < MAX_FOURS; l++) {
     int line, k;
     if (l*side == 2*depth) break;
-    place_of(l, side, depth, column, &line, &k);
+    place_of(l, side, depth, right, &line, &k);
     Real4 v = four[l];
     UNROLL for (int j = 0; j < 4; j++) v.at[j] = tf32 ? round_tf32(v.at[j]) : v.at[j];
-    if (column == 1)
+    if (right == 1)
       UNROLL for (int j = 0; j < 4; j++) tile[(k + j)*row + line] = v.at[j];
     else *(Real4 *)(tile + k*row + line) = v;
   }
