@@ -18,6 +18,11 @@ enum { BYTES = 16, SUMS = 12 };
 enum { BYTES = 16, SUMS = 24 };
 #define IN_REGISTER "+w"
 #endif
+#ifdef __clang__
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 24")
+#endif
 typedef float vec __attribute__((vector_size(BYTES)));
 
 static double seconds(void) {
@@ -29,17 +34,16 @@ static double seconds(void) {
 static void *work(void *flop) {
   vec sum[SUMS], x, y;
   double best = 0;
-  for (int i = 0; i < SUMS; i++) sum[i] = (vec){0} + (float)i;
+  UNROLL for (int i = 0; i < SUMS; i++) sum[i] = (vec){0};   // or they would not be in registers
   x = (vec){0} + 0.999f; y = (vec){0} + 0.001f;
   for (int run = 0; run < 5; run++) {
     double start = seconds(), took = 0;
     long loops = 0;
     while ((took = seconds() - start) < 0.1)
       for (int k = 0; k < 10000; k++, loops++)
-#pragma GCC unroll 24
-        for (int i = 0; i < SUMS; i++) {
+        UNROLL for (int i = 0; i < SUMS; i++) {
           sum[i] = sum[i] * x + y;
-          __asm__ volatile("" : IN_REGISTER (sum[i]));   // so that it is computed
+          __asm__ volatile("" : IN_REGISTER (sum[i]));       // so that it is computed
         }
     double rate = 2.0 * BYTES / sizeof(float) * SUMS * loops / took;
     if (rate > best) best = rate;
