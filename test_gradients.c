@@ -2048,13 +2048,13 @@ static void check_against(const char *path) {
   printf("%d of the %d tensors that --save writes were compared; %d of theirs match none\n", known,
          n_saved, unknown);
   if (*wrong) {
-    printf("%d are wrong. The first, in the order in which they are computed, is %s;\n"
+    printf("%d wrong. The first, in the order in which they are computed, is %s;\n"
            "%s%s", failed, wrong, *right ? right : "nothing before it was compared",
            *right ? ", before it, is right: look at what lies between them" : "");
     printf(!strncmp(wrong, "grad.", 5) && *suspects(wrong) ? ": %s\n" : "\n", suspects(wrong));
   }
   if (unknown && !asked.partial)
-    expect(0, path, "has %d tensors that were not compared: rename them, or give --partial",
+    expect(0, path, "has tensors that were not compared (%d): rename them, or give --partial",
            unknown);
   if (!known) expect(0, path, "has no tensor under a name that --save uses");
 }

@@ -945,8 +945,8 @@ static void crossentropy_backward(Tensor loss, Tensor correct, Tensor row_lse, T
 //   0          D                C                           2C                          3C
 //
 // Only lse is kept for backward, not att: T numbers a head, not T*T.
-typedef struct { real *q, *k, *v, *out, *lse; } Head;   // of token 0; those of the next
-                                                 // are 3C numbers on, in out C
+// Where a head's numbers of token 0 are. From token to token q, k and v move on by 3C, out by C.
+typedef struct { real *q, *k, *v, *out, *lse; } Head;
 
 static Head head_of(real *qkv, real *out, real *lse, long bh, int T, int C, int H) {
   long b = bh / H, h = bh % H, D = C / H;

@@ -53,7 +53,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     if (data[0] % 5 == 4) open_weights(folder);
     if (data[0] % 5 == 1) read_config(folder);
     if (data[0] % 5 == 2) read_any_log();
-    if (data[0] % 5 == 3) { snprintf(path, sizeof path, "%s/text", folder); text.path = path; read_floor(); }
+    if (data[0] % 5 == 3) {
+      snprintf(path, sizeof path, "%s/text", folder);
+      text.path = path;
+      read_floor();
+    }
   }
   if (opened) (fclose)(opened);
   opened = NULL;

@@ -1,5 +1,5 @@
-// peak THREADS: how many GFLOP/s this machine does with nothing but fused multiply-adds of floats in
-// vector registers: the best of 5 times 0.1 s. Nothing that computes can be faster.
+// peak THREADS: how many GFLOP/s this machine does with nothing but fused multiply-adds of floats
+// in vector registers: the best of 5 times 0.1 s. Nothing that computes can be faster.
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -7,16 +7,15 @@
 
 #if defined __AVX512F__
 enum { BYTES = 64, SUMS = 24 };
-#define IN_REGISTER "+v"
 #elif defined __AVX__
 enum { BYTES = 32, SUMS = 12 };
-#define IN_REGISTER "+x"
-#elif defined __x86_64__
+#else
 enum { BYTES = 16, SUMS = 12 };
-#define IN_REGISTER "+x"
-#elif defined __aarch64__
-enum { BYTES = 16, SUMS = 24 };
+#endif
+#ifdef __aarch64__
 #define IN_REGISTER "+w"
+#else
+#define IN_REGISTER "+v"
 #endif
 #ifdef __clang__
 #define UNROLL _Pragma("clang loop unroll(full)")
