@@ -1152,13 +1152,14 @@ enum { VECTOR_BYTES = 16, ROWS = 8 };    // of 32 registers of NEON: 8 x 2 sums,
 enum { VECTOR_BYTES = 16, ROWS = 4 };    // of 16 registers of SSE2, or whatever there is
 #endif
 typedef real vec __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
+typedef real vec4 __attribute__((vector_size(4*sizeof(real)), aligned(sizeof(real)), may_alias));
 enum {
   VECTOR = VECTOR_BYTES / sizeof(real),  // numbers in a vec
   COLUMNS = 2 * VECTOR,
   DEPTH = 2048 / sizeof(real),           // 512 floats x 32 columns are 64 KB
-  MAX_ROWS = 384,                        // of A in one multiply(): 384 x 512 floats are 768 KB
-  CACHE_LINE = 64 / sizeof(real),
-  AHEAD = 4096 / sizeof(real)            // how far ahead a panel is prefetched, in numbers
+  MAX_ROWS = 384,                        // of A at a time: 384 x 512 floats are 768 KB
+  MAX_COLUMNS = 512,                     // of B at a time: 1 MB
+  CACHE_LINE = 64 / sizeof(real)
 };
 #ifdef __clang__                         // keeps the sums of a tile in registers
 #define UNROLL _Pragma("clang loop unroll(full)")
@@ -1174,11 +1175,14 @@ static inline void pack(real *panel, int width, Matrix m, int depth, int columns
   int k = 0;
   if (columns == width && m.right == 1)
     for (; k < depth; k++) memcpy(panel + k*width, m.at + k*m.down, width * sizeof(real));
-  if (columns == width && m.down == 1)    // transposed: a cache line of each column at a time
+  if (columns == width && m.down == 1)    // transposed: a cache line of 4 columns at a time
     for (; k + CACHE_LINE <= depth; k += CACHE_LINE)
-      for (int j = 0; j < width; j++) {
-        __builtin_prefetch(m.at + k + (j + width)*m.right);   // the next panel's
-        for (int i = 0; i < CACHE_LINE; i++) panel[(k + i)*width + j] = m.at[k + i + j*m.right];
+      for (int j = 0; j < width; j += 4) {
+        const real *x0 = m.at + k + j*m.right, *x1 = x0 + m.right, *x2 = x1 + m.right;
+        const real *x3 = x2 + m.right, *next_panel = x0 + width*m.right;
+        for (int i = 0; i < 4; i++) __builtin_prefetch(next_panel + i*m.right);
+        for (int i = 0; i < CACHE_LINE; i++)
+          *(vec4 *)(panel + (k + i)*width + j) = (vec4){x0[i], x1[i], x2[i], x3[i]};
       }
   for (; k < depth; k++)
     for (int j = 0; j < width; j++)
@@ -1186,7 +1190,8 @@ static inline void pack(real *panel, int width, Matrix m, int depth, int columns
 }
 
 // One tile: c[i,j] = sum_k a[i,k] panel[k,j] + (c[i,j] if mode is ADD, else bias[j] or 0), for
-// rows <= most <= ROWS. Where `most` is a constant, the sums stay in registers.
+// rows <= most <= ROWS. Where `most` is a constant, the sums stay in registers. C is needed at the
+// end, so it is fetched at the beginning: a store, too, waits for its cache line.
 __attribute__((always_inline))
 static inline void tile_of(const int most, Matrix c, Matrix a, const real *panel, int rows,
                            int columns, int depth, int mode, const real *bias) {
@@ -1194,11 +1199,12 @@ static inline void tile_of(const int most, Matrix c, Matrix a, const real *panel
   vec sum[ROWS][2];
   const real *a_row[ROWS];
   UNROLL for (int i = 0; i < most; i++) {
-    a_row[i] = a.at + MIN(i, rows - 1)*a.down;    // missing rows repeat the last
-    sum[i][0] = sum[i][1] = (vec){0};
+    a_row[i] = a.at + (a.right == 1 ? MIN(i, rows - 1) : i)*a.down;   // missing rows repeat the
+    sum[i][0] = sum[i][1] = (vec){0};                                 // last; if packed, they are 0
   }
+  for (int i = 0; i < rows; i++)
+    for (int j = 0; j < columns; j += CACHE_LINE) __builtin_prefetch(c.at + i*c.down + j, 1);
   for (int k = 0; k < depth; k++, panel += COLUMNS) {
-    for (int j = 0; j < COLUMNS; j += CACHE_LINE) __builtin_prefetch(panel + AHEAD + j);
     vec b0 = *(const vec *)panel, b1 = *(const vec *)(panel + VECTOR);
     UNROLL for (int i = 0; i < most; i++) {
       real x = a_row[i][k*a.right];
@@ -1222,13 +1228,16 @@ static inline void tile_of(const int most, Matrix c, Matrix a, const real *panel
 }
 
 // A function of its own on purpose: if it is inlined into the loops of multiply(), GCC runs out of
-// registers and spills the sums. The second form is for few rows, as in generate.c.
+// registers and spills the sums. Of its three forms the first is for an A that has been packed, the
+// last for few rows, as in generate.c.
 enum { FEW = 4 };
 __attribute__((noinline))
 static void tile(Matrix c, Matrix a, const real *panel, int rows, int columns, int depth, int mode,
                  const real *bias) {
-  if (rows > FEW) tile_of(ROWS, c, a, panel, rows, columns, depth, mode, bias);
-  else tile_of(FEW, c, a, panel, rows, columns, depth, mode, bias);
+  Matrix packed_a = {a.at, 1, ROWS}, in_place = {a.at, a.down, 1};   // with constant strides
+  if (a.right != 1) tile_of(ROWS, c, packed_a, panel, rows, columns, depth, mode, bias);
+  else if (rows > FEW) tile_of(ROWS, c, in_place, panel, rows, columns, depth, mode, bias);
+  else tile_of(FEW, c, in_place, panel, rows, columns, depth, mode, bias);
 }
 
 // Weights that have been packed in advance, in panels of the full depth K: generate.c does that
@@ -1236,61 +1245,57 @@ static void tile(Matrix c, Matrix a, const real *panel, int rows, int columns, i
 static struct Packed { const real *weights, *panels; } *packed;
 static int n_packed;
 
-// The matmul of one thread, M <= MAX_ROWS. If B has been packed before, the panel that starts at
+// The matmul of one thread. MAX_COLUMNS of B are packed and kept, each panel just before it is first
+// used, while blocks of MAX_ROWS of A pass by. If B has been packed before, the panel that starts at
 // column j is at panels + j*K, else panels is NULL.
 static void multiply(Matrix c, Matrix a, Matrix b, int M, int N, int K, int mode, const real *bias,
                      const real *panels) {
   static __thread real a_panels[MAX_ROWS * DEPTH] __attribute__((aligned(64)));
-  static __thread real b_panel[DEPTH * COLUMNS] __attribute__((aligned(64)));
-  assert(M <= MAX_ROWS);
+  static __thread real b_panels[DEPTH * MAX_COLUMNS] __attribute__((aligned(64)));
+  int keep = M > MAX_ROWS;                       // else all panels can use the same place
   for (int k = 0, depth; k < K; k += depth) {
     depth = panels && a.right == 1 ? K : MIN(DEPTH, K - k);   // all at once if nothing is packed
-    Matrix a_k = part_of(a, 0, k);
-    long step = a.down;                          // ROWS rows begin at i*step, i a multiple of ROWS
-    if (a.right != 1) {                          // once packed, they are ROWS*depth numbers
-      for (int i = 0; i < M; i += ROWS)
-        pack(a_panels + i*depth, ROWS, transpose(part_of(a_k, i, 0)), depth, MIN(ROWS, M - i));
-      Matrix panels_of_a = {a_panels, 1, ROWS};
-      a_k = panels_of_a;
-      step = depth;
-    }
-    for (int j = 0; j < N; j += COLUMNS) {
-      int columns = MIN(COLUMNS, N - j);
-      const real *panel = panels ? panels + (long)j*K + k*COLUMNS : b_panel;
-      if (!panels) pack(b_panel, COLUMNS, part_of(b, k, j), depth, columns);
-      for (int i = 0; i < M; i += ROWS) {
-        int rows = MIN(ROWS, M - i);
-        Matrix a_i = {a_k.at + i*step, a_k.down, a_k.right};
-        tile(part_of(c, i, j), a_i, panel, rows, columns, depth, k > 0 ? ADD : mode,
-             bias ? bias + j : NULL);
+    for (int j0 = 0; j0 < N; j0 += MAX_COLUMNS)
+      for (int i0 = 0; i0 < M; i0 += MAX_ROWS) {
+        int i1 = MIN(M, i0 + MAX_ROWS), j1 = MIN(N, j0 + MAX_COLUMNS);
+        for (int i = i0; a.right != 1 && i < i1; i += ROWS)
+          pack(a_panels + (i - i0)*depth, ROWS, transpose(part_of(a, i, k)), depth,
+               MIN(ROWS, M - i));
+        for (int j = j0; j < j1; j += COLUMNS) {
+          int columns = MIN(COLUMNS, N - j);
+          real *b_panel = b_panels + (keep ? j - j0 : 0)*depth;
+          if (!panels && i0 == 0) pack(b_panel, COLUMNS, part_of(b, k, j), depth, columns);
+          const real *panel = panels ? panels + (long)j*K + k*COLUMNS : b_panel;
+          for (int i = i0; i < i1; i += ROWS) {
+            Matrix packed_a = {a_panels + (i - i0)*depth, 1, ROWS};
+            tile(part_of(c, i, j), a.right == 1 ? part_of(a, i, k) : packed_a, panel,
+                 MIN(ROWS, M - i), columns, depth, k > 0 ? ADD : mode, bias ? bias + j : NULL);
+          }
+        }
       }
-    }
   }
 }
 
-// The matmul of all threads. C is cut into blocks of rows, about equally high, and each block into
-// panels of columns: 100 rows are 9 tiles of 12, so 2 blocks have 4 and 5 tiles, rows 0..47 and
-// 48..99. A thread takes consecutive panels, and those of one block in one multiply(), so that it
-// packs a transposed A only once for them.
+// The matmul of all threads. They cut C into a grid of equal parts, 2 threads into 1 x 2 or 2 x 1, 6
+// also into 2 x 3 or 3 x 2: whichever takes least time. To pack a panel takes as long as two tiles.
 static void matmul(Matrix c, Matrix a, Matrix b, int M, int N, int K, int mode, const real *bias) {
   if (PLAIN) { matmul_plain(c, a, b, M, N, K, mode, bias); return; }
-  int panels = (N + COLUMNS - 1) / COLUMNS, tiles = (M + ROWS - 1) / ROWS;
-  int blocks = (M + MAX_ROWS - 1) / MAX_ROWS;    // more if there are fewer panels than threads
-  blocks = MAX(blocks, MIN(tiles, (n_threads + panels - 1) / panels));
+  long tiles = (M + ROWS - 1) / ROWS, panels = (N + COLUMNS - 1) / COLUMNS, least = LONG_MAX;
+  int down = 1, right = 1;                       // the grid
+  for (int n = 1; n <= n_threads; n++) {
+    int others = n_threads / n;
+    long time = ((tiles + n - 1) / n + 2) * ((panels + others - 1) / others);
+    if (n * others == n_threads && time < least) least = time, down = n, right = others;
+  }
   const real *packed_b = NULL;
   for (int i = 0; i < n_packed; i++)
     if (packed[i].weights == b.at) packed_b = packed[i].panels;
   parallel_for (part, n_threads) {
-    long begin = (long)blocks * panels * part / n_threads;
-    long end = (long)blocks * panels * (part + 1) / n_threads;
-    for (long from = begin, to; from < end; from = to) {
-      long block = from / panels;
-      to = MIN(end, (block + 1) * panels);
-      int i = tiles * block / blocks * ROWS, i1 = MIN(M, tiles * (block + 1) / blocks * ROWS);
-      int j = from % panels * COLUMNS, j1 = MIN(N, j + (to - from) * COLUMNS);
-      multiply(part_of(c, i, j), part_of(a, i, 0), part_of(b, 0, j), i1 - i, j1 - j, K, mode,
-               bias ? bias + j : NULL, packed_b ? packed_b + (long)j*K : NULL);
-    }
+    long y = part / right, x = part % right;
+    int i = tiles * y / down * ROWS, i1 = MIN(M, tiles * (y + 1) / down * ROWS);
+    int j = panels * x / right * COLUMNS, j1 = MIN(N, panels * (x + 1) / right * COLUMNS);
+    multiply(part_of(c, i, j), part_of(a, i, 0), part_of(b, 0, j), i1 - i, j1 - j, K, mode,
+             bias ? bias + j : NULL, packed_b ? packed_b + (long)j*K : NULL);
   }
   profile_flop(2.0 * M * N * K);
 }
