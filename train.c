@@ -740,11 +740,9 @@ static int train(void) {
 static void profile_flop(double flop);   // adds to the last loop or kernel that was profiled
 
 #ifndef GPU
-// Defined in section 6: exp and tanh, the largest of n numbers, one thread's part of a matmul.
+// Defined in section 6: exp and tanh, the largest of n numbers.
 static inline real exp_(real x), tanh_(real x);
 static real max_of(const real *x, int n);
-static void multiply(Matrix c, Matrix a, Matrix b, int M, int N, int K, int mode, const real *bias,
-                     const real *panels);
 
 // Before a loop whose iterations do not depend on each other, even if two pointers are equal: the
 // compiler can vectorise it without a check.
@@ -1004,98 +1002,135 @@ static void attention_plain_backward(Tensor out, Tensor lse, Tensor qkv, int B, 
   }
 }
 
-// The tiled form computes SIDE x SIDE scores z at a time, as a matrix product:
+// The fast form computes the products with the tiles of the matmul in section 6, ROWS queries at a
+// time. With ROWS = 2:
 //
-//   keys       0..63   64..127  128..191
-//   queries  +-------+--------+---------+
-//   0..63    | \     |        |         |    On the diagonal a query sees the keys up to its own,
-//   64..127  |  all  | \      |         |    below it all of them. Tiles above are skipped.
-//   128..191 |  all  |  all   | \       |
-//            +-------+--------+---------+
+//   keys      0   1   2   3   4   5
+//   query 0   x   0
+//   query 1   x   x
+//   query 2   x   x   x   0               x: att[t,s]. Rows end at the last key that one of their
+//   query 3   x   x   x   x               ROWS queries sees; before it, what a query does not see
+//   query 4   x   x   x   x   x   0       is 0.
+//   query 5   x   x   x   x   x   x
 //
-// The softmax of a row goes over several tiles. So keep its maximum and its sum of exp(z - maximum)
-// so far; if a later tile has a larger maximum, multiply what was summed by exp(old - new maximum);
-// after the last tile divide by the sum (Milakov and Gimelshein 2018; Dao et al. 2022).
-enum { SIDE = 64 };
+// From section 6: a tile has ROWS x COLUMNS numbers; pack_all() copies a matrix into panels of
+// COLUMNS columns; multiply_packed() multiplies with them; scratch() is memory of the thread's own.
+#if defined __AVX512F__
+enum { VECTOR_BYTES = 64, ROWS = 12 };   // of 32 registers: 12 x 2 sums, 2 of B, 1 of A
+#elif defined __AVX__
+enum { VECTOR_BYTES = 32, ROWS = 6 };    // of 16 registers: 6 x 2 sums, 2 of B, 1 of A
+#elif defined __aarch64__
+enum { VECTOR_BYTES = 16, ROWS = 8 };    // of 32 registers of NEON: 8 x 2 sums, 2 of B, 8 of A
+#else
+enum { VECTOR_BYTES = 16, ROWS = 4 };    // of 16 registers of SSE2, or whatever there is
+#endif
+enum {
+  COLUMNS = 2 * VECTOR_BYTES / sizeof(real),
+  CACHE_LINE = 64 / sizeof(real)
+};
+static real *scratch(long n);
+static void pack_all(real *panels, Matrix m, int depth, int columns);
+static void multiply_packed(Matrix c, Matrix a, const real *panels, long height, int M, int N,
+                            int K, int mode, const real *bias);
 
-// One row of a tile. On entry e[s] = q[t].k[s]; on return e[s] = exp(e[s] * scale - max), or 0 from
+static Matrix part_of(Matrix m, long i, long j) { m.at += i*m.down + j*m.right; return m; }
+static int padded(int columns) { return (columns + COLUMNS - 1) / COLUMNS * COLUMNS; }
+
+// One row of scores. On entry e[s] = q[t].k[s]; on return e[s] = exp(e[s] * scale - max), or 0 from
 // s = seen on. Returns their sum.
 static real exp_of_scores(real *e, int seen, int width, real max, real scale) {
-  for (int s = 0; s < seen; s++) e[s] = exp_(e[s] * scale - max);
-  for (int s = seen; s < width; s++) e[s] = 0;
-  return SUM(real, s, width, e[s]);
+  return SUM(real, s, width, e[s] = s < seen ? exp_(e[s] * scale - max) : 0);
 }
 
 static void attention_forward(Tensor out, Tensor lse, Tensor qkv, int B, int T, int C, int H) {
   if (PLAIN) { attention_plain_forward(out, lse, qkv, B, T, C, H); return; }
-  int D = C / H;
-  long row = 3L*C;
-  real scale = 1 / sqrt((real)D);
+  int D = C / H, stride = padded(T) + CACHE_LINE;   // an odd number of cache lines: rows at a
+  long row = 3L*C;                                  // distance of 4096 bytes would share few places
+  real scale = 1 / sqrt((real)D);                   // in the cache
   parallel_for (bh, B*H) {
     Head a = head_of(qkv.data, out.data, lse.data, bh, T, C, H);
-    real att[SIDE*SIDE], max[SIDE], sum[SIDE];
-    for (long i = 0; i < T; i += SIDE)           // queries from i on
-      for (long j = 0; j <= i; j += SIDE) {      // keys from j on, up to the diagonal
-        int rows = (int)MIN((long)SIDE, T - i), columns = (int)MIN((long)SIDE, T - j);
-        Matrix q = rows_of(a.q + i*row, row), k = rows_of(a.k + j*row, row);
-        Matrix v = rows_of(a.v + j*row, row), out_i = rows_of(a.out + i*C, C);
-        multiply(rows_of(att, SIDE), q, transpose(k), rows, columns, D, SET, NULL, NULL);
-        for (int t = 0; t < rows; t++) {
-          int seen = MIN(columns, i + t - j + 1);             // keys s <= t
-          real tile_max = max_of(att + t*SIDE, seen) * scale;
-          if (j == 0) max[t] = tile_max, sum[t] = 0;
-          if (tile_max > max[t]) {
-            real rescale = exp_(max[t] - tile_max);
-            for (int d = 0; d < D; d++) out_i.at[t*C + d] *= rescale;
-            sum[t] *= rescale;
-            max[t] = tile_max;
-          }
-          sum[t] += exp_of_scores(att + t*SIDE, seen, columns, max[t], scale);
-        }
-        multiply(out_i, rows_of(att, SIDE), v, rows, D, columns, j > 0 ? ADD : SET, NULL, NULL);
-        if (j < i) continue;
-        for (int t = 0; t < rows; t++) {                      // that was the last tile
-          for (int d = 0; d < D; d++) out_i.at[t*C + d] /= sum[t];
-          a.lse[i + t] = max[t] + log(sum[t]);
-        }
+    real *att = scratch((long)ROWS*stride + (long)D*padded(T) + (long)T*padded(D)), sum[ROWS];
+    real *k_panels = att + (long)ROWS*stride, *v_panels = k_panels + (long)D*padded(T);
+    pack_all(k_panels, transpose(rows_of(a.k, row)), D, T);   // once for all queries
+    pack_all(v_panels, rows_of(a.v, row), T, D);
+    for (long i = 0; i < T; i += ROWS) {         // queries from i on
+      int rows = MIN((long)ROWS, T - i), keys = i + rows, width = padded(keys);
+      Matrix q = rows_of(a.q + i*row, row), out_i = rows_of(a.out + i*C, C);
+      multiply_packed(rows_of(att, stride), q, k_panels, D, rows, width, D, SET, NULL);
+      for (int t = 0; t < rows; t++) {
+        real *att_t = att + (long)t*stride;
+        int seen = i + t + 1;                    // keys s <= t
+        for (int s = seen; s < width; s++) att_t[s] = -INFINITY;
+        real max = max_of(att_t, width) * scale; // subtracted, so that exp cannot overflow
+        sum[t] = exp_of_scores(att_t, seen, width, max, scale);
+        a.lse[i + t] = max + log(sum[t]);
       }
+      multiply_packed(out_i, rows_of(att, stride), v_panels, T, rows, D, keys, SET, NULL);
+      for (int t = 0; t < rows; t++)
+        for (int d = 0; d < D; d++) out_i.at[t*C + d] /= sum[t];
+    }
   }
   profile_flop(2.0*B*T*T*C);
 }
 
+// For backward a block of queries meets a block of keys: att and dz of QUERIES x KEYS numbers, and
+// the packed operands, fit into the core's cache.
+enum { QUERIES = 96, KEYS = 256, STRIDE = KEYS + CACHE_LINE };   // ROWS divides 96
+
 static void attention_backward(Tensor out, Tensor lse, Tensor qkv, int B, int T, int C, int H) {
   if (PLAIN) { attention_plain_backward(out, lse, qkv, B, T, C, H); return; }
   int D = C / H;
-  long row = 3L*C;
+  long row = 3L*C, panels = (long)KEYS*padded(D);   // numbers in the panels of a packed operand
   real scale = 1 / sqrt((real)D);
   parallel_for (bh, B*H) {
     Head a = head_of(qkv.data, out.data, lse.data, bh, T, C, H);
     Head g = head_of(qkv.grad, out.grad, lse.data, bh, T, C, H);
-    real att[SIDE*SIDE], dz[SIDE*SIDE];
-    for (long i = 0; i < T; i += SIDE)           // queries from i, keys from j, as in forward
-      for (long j = 0; j <= i; j += SIDE) {
-        int rows = (int)MIN((long)SIDE, T - i), columns = (int)MIN((long)SIDE, T - j);
-        Matrix q = rows_of(a.q + i*row, row), k = rows_of(a.k + j*row, row);
-        Matrix v = rows_of(a.v + j*row, row), dout = rows_of(g.out + i*C, C);
-        multiply(rows_of(att, SIDE), q, transpose(k), rows, columns, D, SET, NULL, NULL);
-        multiply(rows_of(dz, SIDE), dout, transpose(v), rows, columns, D, SET, NULL, NULL);
-        for (int t = 0; t < rows; t++) {
-          real *att_t = att + t*SIDE, *dz_t = dz + t*SIDE;
-          const real *out_t = a.out + (i + t)*C, *dout_t = dout.at + t*C;
-          real dout_dot_out = SUM(real, d, D, dout_t[d] * out_t[d]);
-          exp_of_scores(att_t, MIN(columns, i + t - j + 1), columns, a.lse[i + t], scale);
-          for (int s = 0; s < columns; s++)      // dz[] had datt until now
-            dz_t[s] = att_t[s] * (dz_t[s] - dout_dot_out) * scale;
+    real *att = scratch(2L*QUERIES*STRIDE + 5*panels), *dz = att + QUERIES*STRIDE;
+    real *k_panels = dz + QUERIES*STRIDE, *kT_panels = k_panels + panels;
+    real *vT_panels = kT_panels + panels, *q_panels = vT_panels + panels;
+    real *dout_panels = q_panels + panels;
+    for (long t = 0; t < T; t++)
+      for (int d = 0; d < D; d++) g.q[t*row + d] = g.k[t*row + d] = g.v[t*row + d] = 0;
+    for (long j = 0; j < T; j += KEYS) {         // keys from j on
+      int keys = MIN((long)KEYS, T - j);
+      Matrix k = rows_of(a.k + j*row, row), v = rows_of(a.v + j*row, row);
+      pack_all(k_panels, k, keys, D);
+      pack_all(kT_panels, transpose(k), D, keys);
+      pack_all(vT_panels, transpose(v), D, keys);
+      for (long i = j; i < T; i += QUERIES) {    // queries from i on
+        int queries = MIN((long)QUERIES, T - i), all_seen = MIN((long)keys, i + queries - j);
+        Matrix q = rows_of(a.q + i*row, row), dout = rows_of(g.out + i*C, C);
+        pack_all(q_panels, q, queries, D);
+        pack_all(dout_panels, dout, queries, D);
+        for (int t0 = 0; t0 < queries; t0 += ROWS) {   // att and dz, and from them dq
+          int rows = MIN(ROWS, queries - t0), seen = MIN((long)keys, i + t0 + rows - j);
+          Matrix att_t0 = rows_of(att + t0*STRIDE, STRIDE), dz_t0 = rows_of(dz + t0*STRIDE, STRIDE);
+          Matrix dq = rows_of(g.q + (i + t0)*row, row);
+          int width = padded(seen);
+          multiply_packed(att_t0, part_of(q, t0, 0), kT_panels, D, rows, width, D, SET, NULL);
+          multiply_packed(dz_t0, part_of(dout, t0, 0), vT_panels, D, rows, width, D, SET, NULL);
+          for (int t = t0; t < t0 + rows; t++) {
+            real *att_t = att + t*STRIDE, *dz_t = dz + t*STRIDE, lse_t = a.lse[i + t];
+            const real *out_t = a.out + (i + t)*C, *dout_t = dout.at + (long)t*C;
+            real dout_dot_out = SUM(real, d, D, dout_t[d] * out_t[d]);
+            for (int s = 0; s < width; s++) {    // dz[] had datt until now
+              att_t[s] = j + s <= i + t ? exp_(att_t[s] * scale - lse_t) : 0;
+              dz_t[s] = j + s <= i + t ? att_t[s] * (dz_t[s] - dout_dot_out) * scale : 0;
+            }
+          }
+          multiply_packed(dq, dz_t0, k_panels, keys, rows, D, seen, ADD, NULL);
         }
-        // The first tile that contributes to a row of dq, dk or dv sets it, later ones add. For
-        // queries that is the tile of key 0; for keys the tile on the diagonal.
-        int q_mode = j > 0 ? ADD : SET, kv_mode = i > j ? ADD : SET;
-        Matrix att_s = transpose(rows_of(att, SIDE)), dz_s = transpose(rows_of(dz, SIDE));
-        multiply(rows_of(g.v + j*row, row), att_s, dout, columns, D, rows, kv_mode, NULL, NULL);
-        multiply(rows_of(g.q + i*row, row), rows_of(dz, SIDE), k, rows, D, columns, q_mode, NULL,
-                 NULL);
-        multiply(rows_of(g.k + j*row, row), dz_s, q, columns, D, rows, kv_mode, NULL, NULL);
+        for (int s = 0; s < all_seen; s += ROWS) {   // dk and dv of ROWS keys
+          int rows = MIN(ROWS, all_seen - s), t = MAX(0, j + s - i);   // t: the first to see them
+          Matrix att_s = transpose(rows_of(att + t*STRIDE + s, STRIDE));
+          Matrix dz_s = transpose(rows_of(dz + t*STRIDE + s, STRIDE));
+          multiply_packed(rows_of(g.v + (j + s)*row, row), att_s, dout_panels + t*COLUMNS, queries,
+                          rows, D, queries - t, ADD, NULL);
+          multiply_packed(rows_of(g.k + (j + s)*row, row), dz_s, q_panels + t*COLUMNS, queries,
+                          rows, D, queries - t, ADD, NULL);
+        }
       }
+    }
   }
   profile_flop(5.0*B*T*T*C);
 }
@@ -1136,38 +1171,26 @@ static void matmul_plain(Matrix c, Matrix a, Matrix b, int M, int N, int K, int 
 //      DEPTH.)
 //   2. B is packed: a panel of DEPTH x COLUMNS numbers is copied so that they are consecutive in
 //      the order in which the tile reads them, whatever the strides of B. The panel stays in the
-//      core's cache while the tiles of all rows of A read it. A is read in place, unless it is
-//      transposed: then it is packed, too, in panels of ROWS rows.
-//   3. The blocks of C are distributed among the threads.
+//      core's cache while the tiles of all rows of A read it. A is read in place.
+//   3. C is cut into a grid of parts, one for each thread.
 //
-// Each element of C is the same sum in the same order, wherever C is cut. vec is as wide as a
-// register of the machine: the compiler turns it into AVX-512, AVX2 or NEON.
-#if defined __AVX512F__
-enum { VECTOR_BYTES = 64, ROWS = 12 };   // of 32 registers: 12 x 2 sums, 2 of B, 1 of A
-#elif defined __AVX__
-enum { VECTOR_BYTES = 32, ROWS = 6 };    // of 16 registers: 6 x 2 sums, 2 of B, 1 of A
-#elif defined __aarch64__
-enum { VECTOR_BYTES = 16, ROWS = 8 };    // of 32 registers of NEON: 8 x 2 sums, 2 of B, 8 of A
-#else
-enum { VECTOR_BYTES = 16, ROWS = 4 };    // of 16 registers of SSE2, or whatever there is
-#endif
+// Each element of C is the same sum in the same order, wherever C is cut.
+// vec is as wide as a register of the machine: the compiler turns it into AVX-512, AVX2 or NEON.
 typedef real vec __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
 typedef real vec4 __attribute__((vector_size(4*sizeof(real)), aligned(sizeof(real)), may_alias));
 enum {
   VECTOR = VECTOR_BYTES / sizeof(real),  // numbers in a vec
-  COLUMNS = 2 * VECTOR,
   DEPTH = 2048 / sizeof(real),           // 512 floats x 32 columns are 64 KB
-  MAX_ROWS = 384,                        // of A at a time: 384 x 512 floats are 768 KB
-  MAX_COLUMNS = 512,                     // of B at a time: 1 MB
-  CACHE_LINE = 64 / sizeof(real)
+  MAX_ROWS = 384,                        // of A: 384 x 512 floats are 768 KB
+  MAX_COLUMNS = 512                      // of B: 1 MB
 };
-#ifdef __clang__                         // keeps the sums of a tile in registers
-#define UNROLL _Pragma("clang loop unroll(full)")
+#ifdef __clang__
+#define UNROLL _Pragma("clang loop unroll(full)")   // keeps the sums of a tile in registers
+#define NOT_UNROLLED
 #else
 #define UNROLL _Pragma("GCC unroll 16")
+#define NOT_UNROLLED _Pragma("GCC unroll 1")        // else GCC unrolls, and then cannot vectorise
 #endif
-
-static Matrix part_of(Matrix m, long i, long j) { m.at += i*m.down + j*m.right; return m; }
 
 // Copies a matrix of depth x columns into a panel of depth x width, and pads it with zeros.
 __attribute__((always_inline))
@@ -1190,17 +1213,18 @@ static inline void pack(real *panel, int width, Matrix m, int depth, int columns
 }
 
 // One tile: c[i,j] = sum_k a[i,k] panel[k,j] + (c[i,j] if mode is ADD, else bias[j] or 0), for
-// rows <= most <= ROWS. Where `most` is a constant, the sums stay in registers. C is needed at the
-// end, so it is fetched at the beginning: a store, too, waits for its cache line.
+// rows <= most <= ROWS. Where `most` is a constant, the sums stay in registers; if `whole`, the
+// tile has all its rows. C is needed at the end, and fetched at the beginning: a store, too, waits
+// for its cache line.
 __attribute__((always_inline))
-static inline void tile_of(const int most, Matrix c, Matrix a, const real *panel, int rows,
-                           int columns, int depth, int mode, const real *bias) {
+static inline void tile_of(const int most, const int whole, Matrix c, Matrix a, const real *panel,
+                           int rows, int columns, int depth, int mode, const real *bias) {
   static const real zeros[COLUMNS] = {0};
   vec sum[ROWS][2];
   const real *a_row[ROWS];
   UNROLL for (int i = 0; i < most; i++) {
-    a_row[i] = a.at + (a.right == 1 ? MIN(i, rows - 1) : i)*a.down;   // missing rows repeat the
-    sum[i][0] = sum[i][1] = (vec){0};                                 // last; if packed, they are 0
+    a_row[i] = a.at + (whole ? i : MIN(i, rows - 1))*a.down;   // missing rows repeat the last
+    sum[i][0] = sum[i][1] = (vec){0};
   }
   for (int i = 0; i < rows; i++)
     for (int j = 0; j < columns; j += CACHE_LINE) __builtin_prefetch(c.at + i*c.down + j, 1);
@@ -1227,57 +1251,70 @@ static inline void tile_of(const int most, Matrix c, Matrix a, const real *panel
   }
 }
 
-// A function of its own on purpose: if it is inlined into the loops of multiply(), GCC runs out of
-// registers and spills the sums. Of its three forms the first is for an A that has been packed, the
-// last for few rows, as in generate.c.
+// A function of its own on purpose: if it is inlined into the loops around it, GCC runs out of
+// registers and spills the sums. It has a form for each kind of A, since a stride that is the
+// constant 1 needs no register either; and one for few rows, as in generate.c.
 enum { FEW = 4 };
 __attribute__((noinline))
 static void tile(Matrix c, Matrix a, const real *panel, int rows, int columns, int depth, int mode,
                  const real *bias) {
-  Matrix packed_a = {a.at, 1, ROWS}, in_place = {a.at, a.down, 1};   // with constant strides
-  if (a.right != 1) tile_of(ROWS, c, packed_a, panel, rows, columns, depth, mode, bias);
-  else if (rows > FEW) tile_of(ROWS, c, in_place, panel, rows, columns, depth, mode, bias);
-  else tile_of(FEW, c, in_place, panel, rows, columns, depth, mode, bias);
+  Matrix in_place = {a.at, a.down, 1}, transposed = {a.at, 1, a.right};
+  if (a.right == 1 && rows <= FEW)
+    tile_of(FEW, 0, c, in_place, panel, rows, columns, depth, mode, bias);
+  else if (a.right == 1) tile_of(ROWS, 0, c, in_place, panel, rows, columns, depth, mode, bias);
+  else if (rows == ROWS) tile_of(ROWS, 1, c, transposed, panel, rows, columns, depth, mode, bias);
+  else tile_of(ROWS, 0, c, a, panel, rows, columns, depth, mode, bias);
 }
 
-// Weights that have been packed in advance, in panels of the full depth K: generate.c does that
-// once, training never does.
+static void pack_all(real *panels, Matrix m, int depth, int columns) {
+  for (int j = 0; j < columns; j += COLUMNS)
+    pack(panels + (long)j*depth, COLUMNS, part_of(m, 0, j), depth, MIN(COLUMNS, columns - j));
+}
+
+// The matmul of one thread with a B that has been packed: its column j is at panels + j*height. In
+// training height is K or more; generate.c packs all weights in advance.
+static void multiply_packed(Matrix c, Matrix a, const real *panels, long height, int M, int N,
+                            int K, int mode, const real *bias) {
+  for (int j = 0; j < N; j += COLUMNS)
+    for (int i = 0; i < M; i += ROWS)
+      tile(part_of(c, i, j), part_of(a, i, 0), panels + j*height, MIN(ROWS, M - i),
+           MIN(COLUMNS, N - j), K, mode, bias ? bias + j : NULL);
+}
+
+static real *scratch(long n) {   // n numbers that the thread may use until it calls this again
+  static __thread real *memory;
+  static __thread long size;
+  if (n > size) {
+    memory = (real *)host_alloc(memory, (n + CACHE_LINE) * sizeof(real));
+    size = n;
+  }
+  return (real *)(((uintptr_t)memory + 63) / 64 * 64);
+}
+
+// The matmul of one thread. MAX_COLUMNS of B are packed and kept, each panel just before it is
+// first used, while blocks of MAX_ROWS of A pass by: so B is packed once, and A read from main
+// memory once for MAX_COLUMNS.
+static void multiply(Matrix c, Matrix a, Matrix b, int M, int N, int K, int mode,
+                     const real *bias) {
+  real *panels = scratch(DEPTH * MAX_COLUMNS);
+  for (int k = 0; k < K; k += DEPTH)
+    for (int j0 = 0; j0 < N; j0 += MAX_COLUMNS)
+      for (int i = 0; i < M; i += MAX_ROWS)
+        for (int j = j0; j < MIN(N, j0 + MAX_COLUMNS); j += COLUMNS) {
+          int rows = MIN(MAX_ROWS, M - i), columns = MIN(COLUMNS, N - j), depth = MIN(DEPTH, K - k);
+          real *panel = panels + (M > MAX_ROWS ? j - j0 : 0)*depth;   // one place if used only once
+          if (i == 0) pack(panel, COLUMNS, part_of(b, k, j), depth, columns);
+          multiply_packed(part_of(c, i, j), part_of(a, i, k), panel, depth, rows, columns, depth,
+                          k > 0 ? ADD : mode, bias ? bias + j : NULL);
+        }
+}
+
+// Weights that have been packed in advance: generate.c does that once, training never does.
 static struct Packed { const real *weights, *panels; } *packed;
 static int n_packed;
 
-// The matmul of one thread. MAX_COLUMNS of B are packed and kept, each panel just before it is first
-// used, while blocks of MAX_ROWS of A pass by. If B has been packed before, the panel that starts at
-// column j is at panels + j*K, else panels is NULL.
-static void multiply(Matrix c, Matrix a, Matrix b, int M, int N, int K, int mode, const real *bias,
-                     const real *panels) {
-  static __thread real a_panels[MAX_ROWS * DEPTH] __attribute__((aligned(64)));
-  static __thread real b_panels[DEPTH * MAX_COLUMNS] __attribute__((aligned(64)));
-  int keep = M > MAX_ROWS;                       // else all panels can use the same place
-  for (int k = 0, depth; k < K; k += depth) {
-    depth = panels && a.right == 1 ? K : MIN(DEPTH, K - k);   // all at once if nothing is packed
-    for (int j0 = 0; j0 < N; j0 += MAX_COLUMNS)
-      for (int i0 = 0; i0 < M; i0 += MAX_ROWS) {
-        int i1 = MIN(M, i0 + MAX_ROWS), j1 = MIN(N, j0 + MAX_COLUMNS);
-        for (int i = i0; a.right != 1 && i < i1; i += ROWS)
-          pack(a_panels + (i - i0)*depth, ROWS, transpose(part_of(a, i, k)), depth,
-               MIN(ROWS, M - i));
-        for (int j = j0; j < j1; j += COLUMNS) {
-          int columns = MIN(COLUMNS, N - j);
-          real *b_panel = b_panels + (keep ? j - j0 : 0)*depth;
-          if (!panels && i0 == 0) pack(b_panel, COLUMNS, part_of(b, k, j), depth, columns);
-          const real *panel = panels ? panels + (long)j*K + k*COLUMNS : b_panel;
-          for (int i = i0; i < i1; i += ROWS) {
-            Matrix packed_a = {a_panels + (i - i0)*depth, 1, ROWS};
-            tile(part_of(c, i, j), a.right == 1 ? part_of(a, i, k) : packed_a, panel,
-                 MIN(ROWS, M - i), columns, depth, k > 0 ? ADD : mode, bias ? bias + j : NULL);
-          }
-        }
-      }
-  }
-}
-
-// The matmul of all threads. They cut C into a grid of equal parts, 2 threads into 1 x 2 or 2 x 1, 6
-// also into 2 x 3 or 3 x 2: whichever takes least time. To pack a panel takes as long as two tiles.
+// The matmul of all threads. They cut C into a grid of equal parts, 2 threads into 1 x 2 or 2 x 1,
+// 6 also into 2 x 3 or 3 x 2: whichever takes least time. A panel is packed in the time of two tiles.
 static void matmul(Matrix c, Matrix a, Matrix b, int M, int N, int K, int mode, const real *bias) {
   if (PLAIN) { matmul_plain(c, a, b, M, N, K, mode, bias); return; }
   long tiles = (M + ROWS - 1) / ROWS, panels = (N + COLUMNS - 1) / COLUMNS, least = LONG_MAX;
@@ -1294,8 +1331,11 @@ static void matmul(Matrix c, Matrix a, Matrix b, int M, int N, int K, int mode, 
     long y = part / right, x = part % right;
     int i = tiles * y / down * ROWS, i1 = MIN(M, tiles * (y + 1) / down * ROWS);
     int j = panels * x / right * COLUMNS, j1 = MIN(N, panels * (x + 1) / right * COLUMNS);
-    multiply(part_of(c, i, j), part_of(a, i, 0), part_of(b, 0, j), i1 - i, j1 - j, K, mode,
-             bias ? bias + j : NULL, packed_b ? packed_b + (long)j*K : NULL);
+    Matrix c_part = part_of(c, i, j), a_part = part_of(a, i, 0), b_part = part_of(b, 0, j);
+    const real *bias_part = bias ? bias + j : NULL;
+    if (packed_b)
+      multiply_packed(c_part, a_part, packed_b + (long)j*K, K, i1 - i, j1 - j, K, mode, bias_part);
+    else multiply(c_part, a_part, b_part, i1 - i, j1 - j, K, mode, bias_part);
   }
   profile_flop(2.0 * M * N * K);
 }
@@ -1320,6 +1360,7 @@ static real max_of(const real *x, int n) {
   int i = 0;
   for (int j = 0; j < LANES; j++) lane[j] = max;
   for (; i + LANES <= n; i += LANES)
+    NOT_UNROLLED
     for (int j = 0; j < LANES; j++) lane[j] = x[i + j] > lane[j] ? x[i + j] : lane[j];
   for (int j = 0; j < LANES; j++) max = lane[j] > max ? lane[j] : max;
   for (; i < n; i++) max = x[i] > max ? x[i] : max;
