@@ -953,7 +953,7 @@ static Head head_of(real *qkv, real *out, real *lse, long bh, int T, int C, int 
   return head;
 }
 
-// The plain form: for each query a loop over the keys. The tiled form below gives the same.
+// The plain form: for each query a loop over the keys. The fast form below gives the same.
 static real z_of(const real *q, const real *k, int D) {
   return SUM(real, d, D, q[d] * k[d]) / sqrt((real)D);
 }
@@ -1174,7 +1174,10 @@ static void matmul_plain(Matrix c, Matrix a, Matrix b, int M, int N, int K, int 
 //      core's cache while the tiles of all rows of A read it. A is read in place.
 //   3. C is cut into a grid of parts, one for each thread.
 //
-// Each element of C is the same sum in the same order, wherever C is cut.
+// For M 2048, N 1152, K 384 the six lines do 2.4 GFLOP/s on a core that can do 117. Tiles do 104
+// where the rows of B are contiguous; with packing, 104 for any B. Each element of C is the same sum
+// in the same order, wherever C is cut.
+//
 // vec is as wide as a register of the machine: the compiler turns it into AVX-512, AVX2 or NEON.
 typedef real vec __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
 typedef real vec4 __attribute__((vector_size(4*sizeof(real)), aligned(sizeof(real)), may_alias));
@@ -1214,8 +1217,8 @@ static inline void pack(real *panel, int width, Matrix m, int depth, int columns
 
 // One tile: c[i,j] = sum_k a[i,k] panel[k,j] + (c[i,j] if mode is ADD, else bias[j] or 0), for
 // rows <= most <= ROWS. Where `most` is a constant, the sums stay in registers; if `whole`, the
-// tile has all its rows. C is needed at the end, and fetched at the beginning: a store, too, waits
-// for its cache line.
+// tile has all its rows. C is needed at the end, and fetched at the beginning (102 to 108 GFLOP/s):
+// a store, too, waits for its cache line.
 __attribute__((always_inline))
 static inline void tile_of(const int most, const int whole, Matrix c, Matrix a, const real *panel,
                            int rows, int columns, int depth, int mode, const real *bias) {
@@ -1314,7 +1317,8 @@ static struct Packed { const real *weights, *panels; } *packed;
 static int n_packed;
 
 // The matmul of all threads. They cut C into a grid of equal parts, 2 threads into 1 x 2 or 2 x 1,
-// 6 also into 2 x 3 or 3 x 2: whichever takes least time. A panel is packed in the time of two tiles.
+// 6 also into 2 x 3 or 3 x 2: whichever takes least time. (To pack a panel takes as long as two
+// tiles.)
 static void matmul(Matrix c, Matrix a, Matrix b, int M, int N, int K, int mode, const real *bias) {
   if (PLAIN) { matmul_plain(c, a, b, M, N, K, mode, bias); return; }
   long tiles = (M + ROWS - 1) / ROWS, panels = (N + COLUMNS - 1) / COLUMNS, least = LONG_MAX;
