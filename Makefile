@@ -123,6 +123,12 @@ race: $(if $(HAVE_CXX),test_gradients_race,no_cxx)
 $D/test_gradients_race: $(CHECKER) $(HEADER)
 	$(EMULATE) -O1 -fsanitize=$(SANITIZE) -DWARPS=2 -DSEARCH_FOR_RACES=1 -o $@ $< -lpthread -lm
 
+# The exercises' checker: watches each access that a kernel makes. Its functions take the place of
+# the thread sanitizer's, so it is compiled with the sanitizer and linked without.
+$D/test_gradients_watch: $(CHECKER) $(HEADER) .ci/watch.h
+	$(EMULATE) -O1 -fsanitize=thread -DWARPS=2 '-DWATCH=".ci/watch.h"' -c -o $@.o $<
+	$(CXX) -o $@ $@.o -lpthread -lm -ldl
+
 no_cxx:
 	@echo "the emulator needs a C++ compiler, and there is none ($(CXX)): name one with CXX="; exit 1
 

@@ -1,8 +1,9 @@
 #!/bin/sh
 # exercise.sh [N...]: proves the exercises (those named) and their judge. As it is set up, an exercise
 # is not solved; the project's source solves it, or the answer in .ci/answers (rot13, one block each:
-# `== N`, then the lines in place of `// yours`); a typical wrong solution fails with the message that
-# it should have; attempts to fool the judge fail. Works in a copy. Ends with `N passed, N failed`.
+# `== N`, then the lines in place of `// yours`, or `sed EXPRESSION`); a typical wrong solution fails
+# with the message that it should have; attempts to fool the judge fail. Works in a copy. Ends with
+# `N passed, N failed`.
 top=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp -d) || exit 1
 trap 'rm -rf "$work"' EXIT
@@ -36,7 +37,9 @@ for n in $(sed -n 's/^== \([0-9]*\) .*/\1/p' .ci/exercises); do
   judge "as it is set up" "$n" ".exercise/$n/$file" "exercise $n is not solved yet"
   tr 'A-Za-z' 'N-ZA-Mn-za-m' <.ci/answers | awk -v n="$n" '
     $1 == "==" { on = $2 == n; next } on' >"$work/answer"
-  if [ -s "$work/answer" ]; then
+  if grep -q '^sed ' "$work/answer"; then
+    sed "$(sed -n 's/^sed //p' "$work/answer")" ".exercise/$n/$file" >"$work/solved.$n"
+  elif [ -s "$work/answer" ]; then
     awk -v answer="$work/answer" '
       /^  \/\/ yours$/ { while ((getline line <answer) > 0) print line; next } { print }' \
       ".exercise/$n/$file" >"$work/solved.$n"

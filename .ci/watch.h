@@ -1,0 +1,156 @@
+// Watches each access to memory that kernels make in the emulator of test_gradients.c, which includes
+// this. The compiler's -fsanitize=thread puts a call in front of every read and write; the functions
+// called are these, in place of the sanitizer's. They know what a GPU is, so they can say more:
+// which thread of which block, which element, which two lines meet.
+#include <dlfcn.h>
+
+#ifdef __clang__
+#define HOOK extern "C" __attribute__((noinline, disable_sanitizer_instrumentation)) void
+#else
+#define HOOK extern "C" __attribute__((noinline, no_sanitize("thread"))) void
+#endif
+
+struct Access { unsigned launch, block, phase; int thread; void *from; };
+struct Cell { Access write, read, other; };   // of 4 bytes; other: a read by another thread than read
+struct Area { uintptr_t begin; size_t bytes; Cell *cells; };
+static std::map<uintptr_t, Area> areas;
+static Area shared_area, *area_of_code[4096]; // the area that a piece of code has accessed last
+static bool in_hook;
+
+// "FILE line N: TEXT" of the code that called a hook; addr2line, or atos on a Mac, reads it from the
+// program. A function that was inlined has a chain of places.
+UNSEEN void print_place(void *from) {
+  Dl_info program;
+  char command[1000], place[2][500] = {"", ""}, line[500];
+  if (!dladdr((void *)print_place, &program)) return;
+  long offset = (char *)from - 1 - (char *)program.dli_fbase;
+  snprintf(command, sizeof command, "(addr2line -i -e '%s' 0x%lx || atos -o '%s' -offset 0x%lx | "
+           "sed 's/.*(\\(.*\\))/\\1/') 2>/dev/null", program.dli_fname, offset, program.dli_fname,
+           offset);
+  FILE *f = popen(command, "r");
+  while (f && fgets(line, sizeof line, f))
+    if (strstr(line, "train_gpu.cu:")) snprintf(place[*place[0] ? 1 : 0], 500, "%s", line);
+  if (f) pclose(f);
+  for (int i = 0; i < 2; i++) {
+    char *colon = strrchr(place[i], ':'), text[500] = "", *start = text;
+    if (!colon) continue;
+    *colon = 0;
+    f = fopen(place[i], "r");
+    for (int k = 0; f && k < atoi(colon + 1); k++) if (!fgets(text, sizeof text, f)) *text = 0;
+    if (f) fclose(f);
+    while (*start == ' ') start++;
+    start[strcspn(start, "\n")] = 0;
+    fprintf(stderr, "    %sline %d: %s\n", i ? "called from " : "", atoi(colon + 1), start);
+  }
+}
+
+UNSEEN void print_what(const Area *area, uintptr_t at, unsigned size) {
+  long each = size > 8 ? 8 : size, i = (long)(at - area->begin);
+  i = (i < 0 ? i - each + 1 : i) / each;
+  if (area == &shared_area) fprintf(stderr, "shared memory");
+  else fprintf(stderr, "x[%ld] of an array x of %zu numbers", i, area->bytes / each);
+}
+
+UNSEEN void end_watch(void) { fflush(stderr); exit(1); }
+
+UNSEEN void print_block(unsigned block) {
+  fprintf(stderr, "block (%u,%u,%u)", block % gridDim.x, block / gridDim.x % gridDim.y,
+          block / gridDim.x / gridDim.y);
+}
+
+UNSEEN void report_race(const Area *area, uintptr_t at, unsigned size, Access a, bool a_writes,
+                        Access b, bool b_writes) {
+  fprintf(stderr, "kernel %s: a race for ", gpu.kernel);
+  print_what(area, at, size);
+  fprintf(stderr, "\n");
+  for (int i = 0; i < 2; i++) {
+    Access x = i ? b : a;
+    fprintf(stderr, "  thread %d of ", x.thread);
+    print_block(x.block);
+    fprintf(stderr, " %s it, at\n", (i ? b_writes : a_writes) ? "writes" : "reads");
+    print_place(x.from);
+  }
+  if (a.block == b.block) fprintf(stderr, "  and between the two no __syncthreads() is passed: either can "
+                                  "be first.\n");
+  else fprintf(stderr, "  and nothing orders the blocks of a launch: either can be first.\n");
+  end_watch();
+}
+
+UNSEEN bool together(const Area *area, const Access &a, const Access &b) {
+  if (a.launch != b.launch) return false;
+  if (a.block != b.block) return area != &shared_area;
+  return a.phase == b.phase && a.thread != b.thread;
+}
+
+UNSEEN Area *find_area(uintptr_t at) {   // also if `at` is in its margin; or NULL
+  if (at >= (uintptr_t)shared_begin && at < (uintptr_t)shared_end) {
+    if (!shared_area.cells) {
+      size_t bytes = shared_end - shared_begin;
+      shared_area = {(uintptr_t)shared_begin, bytes, (Cell *)calloc(bytes / 4 + 1, sizeof(Cell))};
+    }
+    return &shared_area;
+  }
+  if (areas.size() != device_memory_map.size()) for (auto &m : device_memory_map)
+    if (!areas.count(m.first))
+      areas[m.first] = {m.first, m.second, (Cell *)calloc(m.second / 4 + 4, sizeof(Cell))};
+  auto after = areas.upper_bound(at);
+  Area *next = after == areas.end() ? NULL : &after->second;
+  if (next && at + MARGIN >= next->begin) return next;
+  if (after == areas.begin()) return NULL;
+  Area *before = &(--after)->second;
+  return at < before->begin + before->bytes + MARGIN ? before : NULL;
+}
+
+UNSEEN void watch(const void *p, unsigned size, bool writes, unsigned alignment, void *from) {
+  uintptr_t at = (uintptr_t)p;
+  if (!self || in_hook || at - (uintptr_t)gpu.stacks < 2UL * MAX_THREADS * STACK) return;
+  in_hook = true;
+  self->from = from;
+  Area **known = &area_of_code[(uintptr_t)from / 4 % 4096], *area = *known;
+  if (!area || at < area->begin || at + size > area->begin + area->bytes) *known = area = find_area(at);
+  if (area) {
+    Access now = {gpu.launches, blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z),
+                  (unsigned)block_barrier.phase, self->id, from};
+    bool outside = at < area->begin || at + size > area->begin + area->bytes;
+    if (outside || at % alignment) {
+      fprintf(stderr, "kernel %s, block (%u,%u,%u), thread %d %s ", gpu.kernel, blockIdx.x,
+              blockIdx.y, blockIdx.z, self->id, writes ? "writes" : "reads");
+      if (!outside) fprintf(stderr, "%u bytes at an address that is not a multiple of %u: ", size,
+                            alignment);
+      print_what(area, at, size);
+      fprintf(stderr, ", at\n");
+      print_place(from);
+      end_watch();
+    }
+    for (uintptr_t a = at; a < at + size; a += size < 8 ? 4 : 8) {
+      Cell *cell = &area->cells[(a - area->begin) / 4];
+      if (together(area, cell->write, now)) report_race(area, a, size, cell->write, true, now, writes);
+      if (writes) {
+        if (together(area, cell->read, now)) report_race(area, a, size, cell->read, false, now, true);
+        if (together(area, cell->other, now)) report_race(area, a, size, cell->other, false, now, true);
+        cell->write = now;
+      } else {
+        if (cell->read.launch != now.launch) cell->other = now;
+        else if (cell->read.block != now.block || (cell->read.thread != now.thread
+                 && cell->other.block == now.block)) cell->other = cell->read;
+        cell->read = now;
+      }
+    }
+  }
+  in_hook = false;
+}
+
+#define FROM __builtin_return_address(0)
+#define HOOKS(n) \
+  HOOK __tsan_read##n(void *p) { watch(p, n, false, n, FROM); }             \
+  HOOK __tsan_write##n(void *p) { watch(p, n, true, n, FROM); }             \
+  HOOK __tsan_unaligned_read##n(void *p) { watch(p, n, false, 1, FROM); }  \
+  HOOK __tsan_unaligned_write##n(void *p) { watch(p, n, true, 1, FROM); }
+HOOKS(1) HOOKS(2) HOOKS(4) HOOKS(8) HOOKS(16)
+HOOK __tsan_read_range(void *p, long n) { watch(p, (unsigned)n, false, n % 16 ? 1 : 16, FROM); }
+HOOK __tsan_write_range(void *p, long n) { watch(p, (unsigned)n, true, n % 16 ? 1 : 16, FROM); }
+HOOK __tsan_init(void) {}
+HOOK __tsan_func_entry(void *) {}
+HOOK __tsan_func_exit(void) {}
+HOOK __tsan_vptr_update(void **, void *) {}
+HOOK __tsan_vptr_read(void **) {}
