@@ -8,6 +8,7 @@
 # make fuzz     fuzzes the file readers, for ten minutes
 # make check-arm64   checks the program for another kind of processor, emulated
 # make exercise N=1   sets up an exercise, or judges your solution; without N: which there are
+# make grade DIR=submissions   judges those of a class, as a table
 # make clean    removes what make made, except texts and run/
 # make help     lists these
 
@@ -126,7 +127,7 @@ $D/test_gradients_race: $(CHECKER) $(HEADER)
 # The exercises' checker: watches each access that a kernel makes. Its functions take the place of
 # the thread sanitizer's, so it is compiled with the sanitizer and linked without.
 $D/test_gradients_watch: $(CHECKER) $(HEADER) .ci/watch.h
-	$(EMULATE) -O1 -fsanitize=thread -DWARPS=2 '-DWATCH=".ci/watch.h"' -c -o $@.o $<
+	$(EMULATE) -O0 -fsanitize=thread -DWARPS=2 '-DWATCH=".ci/watch.h"' -c -o $@.o $<
 	$(CXX) -o $@ $@.o -lpthread -lm -ldl
 
 no_cxx:
@@ -193,6 +194,10 @@ bench: train generate data/tales.txt
 exercise:
 	@CXX="$(CXX)" HINT="$(HINT)" .ci/exercise "$(N)" || true
 
+# Judges all of DIR/NAME/N/train.c and DIR/NAME/N/train_gpu.cu: a table.
+grade:
+	@CXX="$(CXX)" .ci/grade "$(DIR)"
+
 clean:
 	rm -rf $B train train_gpu generate test_gradients test_gradients_float \
 	  test_gradients_plain test_gradients_gpu test_gradients_gpu_float test_gradients_race data/tales
@@ -200,4 +205,4 @@ clean:
 help:
 	@sed -n '1,/^$$/s/^# \(make .*\)/\1/p' Makefile
 
-.PHONY: all run test race no_cxx check-arm64 mutants fuzz compare-optimizers bench exercise clean help
+.PHONY: all run test race no_cxx check-arm64 mutants fuzz compare-optimizers bench exercise grade clean help

@@ -62,15 +62,15 @@ function scan(text,   i, c, two, word, before) {
 
 FNR == 1 { part = ""; line_of_ours = 0 }
 part == "" && begins($0) != "" { name = begins($0); part = "signature" }
+part == "signature" && FILENAME != ours && /\{/ && !/\{[ ]*(\/\/.*)?\r?$/ {
+  refuse(FNR, "code follows the { of " name "(): begin its body on the next line")
+}
 part == "signature" && /;[ ]*(\/\/.*)?$/ { part = "" }        # only a prototype
 part == "signature" && /\{[ ]*(\/\/.*)?\r?$/ {
   part = "body"; state = "code"; depth = 0
   if (FILENAME == ours) { print; printf "#line %d \"%s\"\n%s", start[name], shown, body[name] }
   else { start[name] = FNR + 1; body[name] = "" }
   next
-}
-part == "signature" && FILENAME != ours && /\{/ {
-  refuse(FNR, "the body of " name "() begins on a line of its own: end this one with its {")
 }
 part == "body" && /^}/ {
   if (FILENAME == ours) printf "#line %d \"%s\"\n", FNR, source

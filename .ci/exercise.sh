@@ -32,9 +32,8 @@ judge() {
 # ---- Every exercise, as it is set up, and solved
 for n in $(sed -n 's/^== \([0-9]*\) .*/\1/p' .ci/exercises); do
   asked "$n" || continue
-  .ci/exercise "$n" >/dev/null 2>&1
+  judge "as it is set up" "$n" "" "exercise $n is not solved yet"
   file=$(ls .exercise/"$n")
-  judge "as it is set up" "$n" ".exercise/$n/$file" "exercise $n is not solved yet"
   tr 'A-Za-z' 'N-ZA-Mn-za-m' <.ci/answers | awk -v n="$n" '
     $1 == "==" { on = $2 == n; next } on' >"$work/answer"
   if grep -q '^sed ' "$work/answer"; then
@@ -59,6 +58,19 @@ wrong 1 '42 of 65 elements: no simple pattern' '/^static void gelu_backward/,/^}
 wrong 2 'set (=) where it must be added (+=)' '/^static void linear_backward/,/^}/ s/N, ADD/N, SET/'
 wrong 3 'off by the factor' '/^static void crossentropy_backward/,/^}/ s/dloss\[n\] \*/2 * &/'
 wrong 7 "each row is off by a constant of its own" '/^static void layernorm_backward/,/^}/ s/ - avg_g - / - /'
+wrong 9 'writes x[504] of an array x of 504 numbers' '/fill_kernel(real/,/^}/ s/n - i/4/'
+wrong 10 'writes x[504] of an array x of 504 numbers' '/residual_forward_kernel(real/,/^}/ s/store4(out + i, n - i/store4(out + i, 4/'
+wrong 12 'reads x[21] of an array x of 21 numbers' '/embedding_forward_kernel(real/,/^}/ s/if (n >= N) return;//'
+wrong 13 'the first failure: layernorm out' '/layernorm_forward_kernel(real/,/^}/ s/warp_sum(sum)/sum/'
+wrong 15 'and between the two no __syncthreads() is passed' '/double block_sum(/,/^}/ s/__syncthreads();//'
+wrong 16 'a race for shared memory' '/void store_column(/,/^}/ s/__syncthreads();//'
+wrong 17 'a thread waits for one that never arrives' '/crossentropy_forward_kernel(/,/^}/ s/sum = (real)block_sum/if (threadIdx.x >= 40) return; &/'
+wrong 17 'has returned' '/crossentropy_forward_kernel(/,/^}/ s/sum = (real)block_sum/if (threadIdx.x > 0) return; &/'
+wrong 21 'nothing orders the blocks of a launch' '/void embedding_backward_token(/,/^}/ s/if (count > 0 && list\[0\] < n) return;//'
+wrong 22 'and between the two no __syncthreads() is passed' '/  *__syncthreads(); *.. and read/d'
+wrong 22 'of an array x of 504 numbers, at' 's/i < M && k + column < K ?/k + column < K ?/'
+wrong 24 'the first failure: attention out' 's/o\[e\] \* rescale/o[e]/'
+wrong 25 'the first failure: linear y' 's/j = j0 + 2\*t + e % 2;/j = j0 + t + e % 2 * 4;/'
 
 # ---- Attempts to fool the judge: fool WHAT WANT BODY, for gelu_backward
 fool() {
@@ -93,7 +105,7 @@ fool "a program" '`system` is not' '  system("true");'
 SECONDS_ALLOWED=3 fool "a loop without end" 'does a loop not end?' '  for (volatile int i = 0; ; ) i = 0;'
 fool "all memory" 'exercise 1 is not solved yet' '  for (;;) memset(malloc(1 << 30), 1, 1 << 30);'
 fool "ending the program with die()" 'the program ended here' '  die("10 passed");'
-fool "a forged verdict, then a crash" 'expected: 10 passed, 0 failed' "  $forged *(volatile int *)0 = 0;"
+fool "a forged verdict, then a crash" 'expected: the verdict of the checker' "  $forged *(volatile int *)0 = 0;"
 awk '/^static void gelu_backward\(/ { print; on = 1 } !on { print } /^}/ { if (on) print; on = 0 }' \
   train.c >"$work/elsewhere.c"
 echo '__attribute__((constructor)) static void early(void) { _exit(0); }' >>"$work/elsewhere.c"
@@ -103,9 +115,9 @@ judge "an empty file" 1 "$work/empty.c" 'there is no function gelu_backward()'
 
 # The same with no word forbidden: the judge's word alone must be enough.
 sed 's/if (word in forbidden.*/if (0)/' .ci/bodies.awk >"$work/awk" && cp "$work/awk" .ci/bodies.awk
-fool "not forbidden: exit(0)" 'expected: 10 passed, 0 failed' '  exit(0);'
-fool "not forbidden: a forged verdict, then _exit(0)" 'expected: 10 passed, 0 failed' \
+fool "not forbidden: exit(0)" 'expected: the verdict of the checker' '  exit(0);'
+fool "not forbidden: a forged verdict, then _exit(0)" 'expected: the verdict of the checker' \
   "  $forged _exit(0);"
-fool "not forbidden: _exit(0) without a word" 'expected: 10 passed, 0 failed' '  _exit(0);'
+fool "not forbidden: _exit(0) without a word" 'expected: the verdict of the checker' '  _exit(0);'
 echo "$passed passed, $failed failed"
 [ "$failed" -eq 0 ]
