@@ -2557,6 +2557,17 @@ template <class T> static void check_pointer(const char *kernel, T *p) {
   exit(1);
 }
 template <class T> static void check_pointer(const char *, const T &) {}
+#ifdef WATCH                             // to say which parameter of the kernel an address belongs to
+static std::vector<uintptr_t> arguments;
+template <class T> static uintptr_t first_word(const T &x) {   // the pointer, or the first in a struct
+  uintptr_t word = 0;
+  memcpy(&word, &x, sizeof x < sizeof word ? sizeof x : sizeof word);
+  return word;
+}
+#define ARGUMENTS(...) arguments = {__VA_ARGS__};
+#else
+#define ARGUMENTS(...)
+#endif
 template <class... P> struct Launch {
   const char *name;
   void (*kernel)(P...);
@@ -2567,7 +2578,10 @@ template <class... P> struct Launch {
     (void)checked;
     Launch l = *this;
     std::function<void()> body = [l, p...] { l.kernel(p...); };
-    if (enqueue(stream, [l, body] { run_grid(l.name, l.grid, l.block, &body); })) {
+    if (enqueue(stream, [l, body, p...] {
+      ARGUMENTS(first_word(p)...)
+      run_grid(l.name, l.grid, l.block, &body);
+    })) {
       fprintf(stderr, "kernel %s: is launched in a stream that was not created\n", name);
       exit(1);
     }

@@ -2,6 +2,7 @@
 // this. The compiler's -fsanitize=thread puts a call in front of every read and write; the functions
 // called are these, in place of the sanitizer's. They know what a GPU is, so they can say more:
 // which thread of which block, which element, which two lines meet.
+#include <ctype.h>
 #include <dlfcn.h>
 
 #ifdef __clang__
@@ -49,11 +50,33 @@ UNSEEN void print_place(void *from) {
   }
 }
 
+// The name of the kernel's parameter number k, from its source
+UNSEEN void print_parameter(size_t k) {
+  static char text[1 << 20];
+  FILE *f = fopen(KERNELS, "r");
+  size_t length = f ? fread(text, 1, sizeof text - 1, f) : 0;
+  if (f) fclose(f);
+  text[length] = 0;
+  char *p = text;
+  while ((p = strstr(p, gpu.kernel)) && p[strlen(gpu.kernel)] != '(') p++;
+  for (; p && k > 0 && (p = strchr(p, ',')); k--) p++;
+  if (!p || !(p = strpbrk(p, ",)"))) return;
+  char *end = p;
+  while (isalnum((unsigned char)p[-1]) || p[-1] == '_') p--;
+  fprintf(stderr, "%.*s", (int)(end - p), p);
+}
+
 UNSEEN void print_what(const Area *area, uintptr_t at, unsigned size) {
+  size_t k = 0;
+  while (k < arguments.size() && arguments[k] != area->begin) k++;
   long each = size > 8 ? 8 : size, i = (long)(at - area->begin);
   i = (i < 0 ? i - each + 1 : i) / each;
-  if (area == &shared_area) fprintf(stderr, "shared memory");
-  else fprintf(stderr, "x[%ld] of an array x of %zu numbers", i, area->bytes / each);
+  if (area == &shared_area) { fprintf(stderr, "shared memory"); return; }
+  if (k == arguments.size()) fprintf(stderr, "an array");
+  else print_parameter(k);
+  long n = (long)(area->bytes / each);
+  fprintf(stderr, "[%ld]", i);
+  if (i < 0 || i >= n) fprintf(stderr, ", but it has %ld numbers, 0 to %ld", n, n - 1);
 }
 
 UNSEEN void end_watch(void) { fflush(stderr); exit(1); }
