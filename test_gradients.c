@@ -141,6 +141,8 @@ typedef struct {
   const double *before;         // what a gradient that adds found there (not in got), or NULL
   const Shape *shape;           // or NULL
   double bar;                   // the largest error allowed, relative to the size of want
+  const double *x, *dout;       // the layer's input and the gradient given to it, if they have the
+                                //   shape of got; or NULL
 } Comparison;
 
 static int passed, failed;
@@ -214,6 +216,42 @@ static int constant_along(const Comparison *c, const char *in_set, double size, 
   return seen > 2 * lines;
 }
 
+// Is the error of each row a constant plus a multiple of that row of z? (A least-squares fit.) So a
+// wrong factor of one term is recognised; xhat is such a combination of x and 1.
+static int along(const Comparison *c, const double *z, double size) {
+  int C = c->cols;
+  if (!z || C < 4) return 0;
+  for (long at = 0; at < (long)c->rows * C; at += C) {
+    double avg_e = 0, avg_z = 0, ez = 0, zz = 0;
+    for (long i = at; i < at + C; i++) avg_e += (c->got[i] - c->want[i]) / C, avg_z += z[i] / C;
+    for (long i = at; i < at + C; i++) {
+      ez += (c->got[i] - c->want[i] - avg_e) * (z[i] - avg_z);
+      zz += (z[i] - avg_z) * (z[i] - avg_z);
+    }
+    for (long i = at; i < at + C; i++)
+      if (!(fabs(c->got[i] - c->want[i] - avg_e - ez / zz * (z[i] - avg_z))
+            <= MAX(1e-6, c->bar) * size)) return 0;
+  }
+  return 1;
+}
+
+// Is at most one element of each row wrong? 2: it is the one with the largest derivative, which in
+// a softmax with cross-entropy is the target's.
+static int one_a_row(const Comparison *c, const char *wrong) {
+  int largest = 1, rows = 0;
+  for (long at = 0; at < (long)c->rows * c->cols; at += c->cols) {
+    long one = -1, most = at;
+    for (long i = at; i < at + c->cols; i++) {
+      if (wrong[i] && one >= 0) return 0;
+      if (wrong[i]) one = i;
+      if (fabs(c->want[i]) > fabs(c->want[most])) most = i;
+    }
+    rows += one >= 0;
+    largest &= one < 0 || one == most;
+  }
+  return rows < 2 || c->cols < 2 ? 0 : 1 + largest;
+}
+
 // Is it the right matrix, but with rows and columns exchanged?
 static int transposed(const Comparison *c, double size) {
   if (c->rows < 2 || c->cols < 2) return 0;
@@ -245,13 +283,18 @@ static void say_where(const Comparison *c, const char *wrong) {
   else if (r0 == r1 && c->rows > 1) printf("only row %d: ", r0);
   else if (c0 == c1 && c->cols > 1) printf("only column %d: ", c0);
   else if (diagonal) printf("only the diagonal: ");
+  else if (one_a_row(c, wrong))
+    printf(one_a_row(c, wrong) == 2 && strstr(c->tensor, "logits")
+           ? "only the target's element of a row: " : "only one element of a row: ");
   else if (qkv && c->cols > 1 && c0 / third == c1 / third)
     printf("only the %c columns, %d to %d: ", "QKV"[c0 / third], c0, c1);
   else if (qkv && c->cols > 1 && c0 >= third) printf("only the K and V columns: ");
   else if (qkv && c->cols > 1 && c1 < 2*third) printf("only the Q and K columns: ");
   else if (c0 > 0 || c1 < c->cols - 1) printf("only columns %d to %d: ", c0, c1);
   else if (in_sequences && t1 < T - 1) printf("only positions up to %d of a sequence: ", t1);
-  else if (in_sequences && t0 > 0) printf("only positions from %d of a sequence on: ", t0);
+  else if (in_sequences && t0 > 0)
+    printf("only positions from %d of a sequence on%s: ", t0,
+           t0 % 32 ? "" : " (where a tile begins)");
   else if (in_sequences && b0 > 0) printf("only sequences from %d on: ", b0);
   else if (in_sequences && b1 < c->shape->B - 1) printf("only sequences up to %d: ", b1);
   else if (r0 > 0 || r1 < c->rows - 1) printf("only rows %d to %d: ", r0, r1);
@@ -272,6 +315,10 @@ static void diagnose(const Comparison *c, double size) {
       printf("each row is off by a constant of its own: is the term with a row's mean missing?");
     else if (c->rows > 1 && c->cols > 1 && constant_along(c, wrong, size, 0))
       printf("each column is off by a constant of its own");
+    else if (along(c, c->x, size))
+      printf("each row is off by a constant and a multiple of x: look at the term with xhat");
+    else if (along(c, c->dout, size))
+      printf("each row is off by a constant and a multiple of dout: look at the term with dout");
     else printf("no simple pattern");
   }
   printf("\n    worst:");
@@ -743,13 +790,15 @@ static double check_elements(Case *c, int i, const double *got, Comparison row) 
   for (long j = 0; j < n; j++) want[j] = slope(function_of(c), c->data[i] + j, 1, NULL);
   row.got = got; row.want = want;
   row.before = c->layer->spec[i].kind == ADDS ? c->grad[i] : NULL;
+  int same = rows_in(c, i) == rows_in(c, 0) && cols_in(c, i) == cols_in(c, 0);
+  row.x = c->data[i]; row.dout = same ? c->grad[0] : NULL;
   double error = compare(row);
   return error;
 }
 
 static void check_layer(Layer *layer, Shape s, int every_element, double bar) {
   Case *c = make_case(layer, s);
-  Comparison row = {layer->name, NULL, 0, 0, NULL, NULL, NULL, &c->s, bar};
+  Comparison row = {layer->name, NULL, 0, 0, NULL, NULL, NULL, &c->s, bar, NULL, NULL};
   int failed_before = failed;
   check_forward(c, row);
   if (failed > failed_before) return;    // what is read by backward may be wrong
@@ -1003,8 +1052,8 @@ static void localise(const Model *m, const char *right, const char *layer) {
   else if (above) printf("  In backward order %s is right, then %s is wrong", above, wrong);
   else printf("  %s, the first in backward order, is wrong", wrong);
   if (*layer) printf(": look at\n  %s. (Alone, %s failed first.)\n", suspects(wrong), layer);
-  else printf(". Each layer is right alone:\n  look at the calls in backward() and forward(): %s\n",
-              suspects(wrong));
+  else printf(". Each layer is right alone:\n  so look at how forward() and backward() call them, and "
+              "at what they pass, near\n  %s\n", suspects(wrong));
 }
 
 typedef struct { Model *m; Entry *e; double *data; Piece piece; } Moved;   // a moved parameter
@@ -1068,13 +1117,14 @@ static void check_model(void) {
     Entry *e = &m->parameter[i];
     got -= entry_count(e);
     double *want = model_slopes(m, e, PIECE, entry_count(e));
-    Comparison row = {e->name, "", e->rows, MAX(1, e->cols), got, want, NULL, &shape, BAR};
+    Comparison row = {e->name, "", e->rows, MAX(1, e->cols), got, want, NULL, &shape,
+                      BAR, NULL, NULL};
     right[i] = compare(row) <= BAR;
     if (!right[i]) brief = 1;            // what follows from the first needs no diagnosis
   }
   printf("An absolute tolerance of 2e-2 %s here: the worst is %.1e\n",
          worst_absolute <= 0.02 ? "passes" : "fails", worst_absolute);
-  Comparison row = {"", "", 0, 0, NULL, NULL, NULL, &shape, BAR};
+  Comparison row = {"", "", 0, 0, NULL, NULL, NULL, &shape, BAR, NULL, NULL};
   check_embedding(m, row);
   localise(m, right, layer);
   brief = 0;
@@ -1235,7 +1285,11 @@ static void check_accumulation(void) {
     double tokens = PIECES * PIECE_B * PIECE_T;
     int counted = trainer[0].tokens == UPDATES * tokens && trainer[1].tokens == UPDATES * tokens
                && trainer[0].updates == UPDATES;
-    expect(apart < bar && sums < bar && counted, opt.optimizer, "%.1e, %.1e", apart, sums);
+    if (!expect(apart < bar && sums < bar && counted, opt.optimizer, "%.1e, %.1e", apart, sums))
+      printf("    look at update() and dloss in it%s\n",
+             fabs(sums + 1 - PIECES) > 1e-6 && fabs(sums + 1 - PIECES*PIECES) > 1e-6 ? "" :
+             ": loss or norm are off by the number of micro-batches,\n    or its square, as if not "
+             "divided by the tokens of the whole update");
   }
   opt.batch_size = PIECE_B;
   trainer[0].accumulate = 12;            // more copies to a GPU than can be on their way at once
@@ -1361,7 +1415,9 @@ static void check_optimizers(Trainer *t) {
          "weight, relative to the largest change\n");
   for (int i = 0; i < N_OPTIMIZERS; i++) {
     double apart = apart_from_formula(i);
-    expect(apart < (IS_DOUBLE ? 1e-11 : 1e-4), optimizers[i].name, "%.1e", apart);
+    int ok = apart < (IS_DOUBLE ? 1e-11 : 1e-4);
+    expect(ok, optimizers[i].name, ok ? "%.1e" : "%.1e: look at its case in update_weight(), and "
+           "at optimizer_step()", apart);
   }
   expect(vectors_do_not_decay(t), "weight decay", "of matrices only");
 }
@@ -2053,7 +2109,7 @@ static void check_against(const char *path) {
       for (long i = 0; i < n; i++) got[i] = numbers[i];
       get(want, x->data, n);
       Comparison row = {name, stored.dtype, x->rows, MAX(1, x->cols), got, want, NULL, &shape,
-                        bar_for(stored.dtype)};
+                        bar_for(stored.dtype), NULL, NULL};
       compare(row);
       if (failed > before && !*wrong && !strcmp(name, "grad.wte.weight"))
         say_tied(m, got, want, row.bar);
@@ -2557,9 +2613,9 @@ template <class T> static void check_pointer(const char *kernel, T *p) {
   exit(1);
 }
 template <class T> static void check_pointer(const char *, const T &) {}
-#ifdef WATCH                             // to say which parameter of the kernel an address belongs to
+#ifdef WATCH                             // to say which parameter of a kernel an address belongs to
 static std::vector<uintptr_t> arguments;
-template <class T> static uintptr_t first_word(const T &x) {   // the pointer, or the first in a struct
+template <class T> static uintptr_t first_word(const T &x) {   // a pointer, or a struct's first
   uintptr_t word = 0;
   memcpy(&word, &x, sizeof x < sizeof word ? sizeof x : sizeof word);
   return word;
