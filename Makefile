@@ -7,6 +7,7 @@
 # make mutants  plants bugs, and sees that the checker finds each (half an hour)
 # make fuzz     fuzzes the file readers, for ten minutes
 # make check-arm64   checks the program for another kind of processor, emulated
+# make mirror LAYER=gelu   C beside CUDA; without LAYER: all of it, as a web page
 # make exercise N=1   sets up an exercise, or judges your solution; without N: which there are
 # make grade DIR=submissions   judges those of a class, as a table
 # make clean    removes what make made, except texts and run/
@@ -198,6 +199,10 @@ exercise:
 grade:
 	@CXX="$(CXX)" .ci/grade "$(DIR)"
 
+# C beside CUDA: make mirror LAYER=layernorm in the terminal, make mirror as one web page.
+mirror: test_gradients
+	@.ci/mirror $(LAYER)
+
 clean:
 	rm -rf $B train train_gpu generate test_gradients test_gradients_float \
 	  test_gradients_plain test_gradients_gpu test_gradients_gpu_float test_gradients_race data/tales
@@ -205,4 +210,4 @@ clean:
 help:
 	@sed -n '1,/^$$/s/^# \(make .*\)/\1/p' Makefile
 
-.PHONY: all run test race no_cxx check-arm64 mutants fuzz compare-optimizers bench exercise grade clean help
+.PHONY: all run test race no_cxx check-arm64 mutants fuzz compare-optimizers bench exercise grade mirror clean help

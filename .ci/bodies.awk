@@ -9,7 +9,8 @@ BEGIN {
     "abort raise kill tgkill signal sigaction longjmp siglongjmp atexit on_exit system popen fork " \
     "vfork clone syscall dlopen dlsym mmap mprotect open openat creat fopen freopen fdopen read " \
     "pread fread fgets getchar getc fgetc scanf fscanf getline getenv setenv putenv environ stdin " \
-    "dup dup2 ptrace remove unlink rename main", list, " ")
+    "dup dup2 ptrace remove unlink rename main " \
+    "gpu self in_hook areas area_of_code block_barrier", list, " ")
   for (i = 1; i <= n; i++) forbidden[list[i]] = 1
   ours = ARGV[2]
 }
@@ -56,17 +57,18 @@ function scan(text,   i, c, two, word, before) {
     } else if (c == "\\") i++
     else if (c == quote) state = "code"
   }
-  if (text ~ /\\[ \t\r]*$/) refuse(FNR, "a line that ends in a backslash: join it with the next one")
+  if (text ~ /\\[ \t\f\v]*$/) refuse(FNR, "a line that ends in a backslash: join it with the next one")
   if (state == "\"" || state == "'") refuse(FNR, "a " state " is not closed")
 }
 
-FNR == 1 { part = ""; line_of_ours = 0 }
+FNR == 1 { part = "" }
+{ sub(/\r$/, "") }
 part == "" && begins($0) != "" { name = begins($0); part = "signature" }
-part == "signature" && FILENAME != ours && /\{/ && !/\{[ ]*(\/\/.*)?\r?$/ {
+part == "signature" && FILENAME != ours && /\{/ && !/\{[ ]*(\/\/.*)?$/ {
   refuse(FNR, "code follows the { of " name "(): begin its body on the next line")
 }
 part == "signature" && /;[ ]*(\/\/.*)?$/ { part = "" }        # only a prototype
-part == "signature" && /\{[ ]*(\/\/.*)?\r?$/ {
+part == "signature" && /\{[ ]*(\/\/.*)?$/ {
   part = "body"; state = "code"; depth = 0
   if (FILENAME == ours) { print; printf "#line %d \"%s\"\n%s", start[name], shown, body[name] }
   else { start[name] = FNR + 1; body[name] = "" }
@@ -79,7 +81,6 @@ part == "body" && /^}/ {
   part = ""
 }
 FILENAME != ours {
-  sub(/\r$/, "")
   if (part == "body") { scan($0); body[name] = body[name] $0 "\n" }
   next
 }

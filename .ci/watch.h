@@ -1,7 +1,7 @@
-// Watches each access to memory that kernels make in the emulator of test_gradients.c, which includes
-// this. The compiler's -fsanitize=thread puts a call in front of every read and write; the functions
-// called are these, in place of the sanitizer's. They know what a GPU is, so they can say more:
-// which thread of which block, which element, which two lines meet.
+// Watches each access to memory that kernels make in the emulator of test_gradients.c, which
+// includes this. The compiler's -fsanitize=thread puts a call in front of every read and write; the
+// functions called are these, in place of the sanitizer's. They know what a GPU is, so they can say
+// more: which thread of which block, which element, which two lines meet.
 #include <ctype.h>
 #include <dlfcn.h>
 
@@ -16,13 +16,13 @@
 #pragma GCC optimize ("O2")               // called for each access
 #endif
 struct Access { unsigned launch, block, phase; int thread; void *from; };
-struct Cell { Access write, read, other; };   // of 4 bytes; other: a read by another thread than read
+struct Cell { Access write, read, other; };   // of 4 bytes; other: a read by another thread
 struct Area { uintptr_t begin; size_t bytes; Cell *cells; };
 static std::map<uintptr_t, Area> areas;
 static Area shared_area, *area_of_code[4096]; // the area that a piece of code has accessed last
 static bool in_hook;
 
-// "FILE line N: TEXT" of the code that called a hook; addr2line, or atos on a Mac, reads it from the
+// The line of the source whose code has called a hook; addr2line, or atos on a Mac, finds it in the
 // program. A function that was inlined has a chain of places.
 UNSEEN void print_place(void *from) {
   Dl_info program;
@@ -98,9 +98,9 @@ UNSEEN void report_race(const Area *area, uintptr_t at, unsigned size, Access a,
     fprintf(stderr, " %s it, at\n", (i ? b_writes : a_writes) ? "writes" : "reads");
     print_place(x.from);
   }
-  if (a.block == b.block) fprintf(stderr, "  and between the two no __syncthreads() is passed: either can "
-                                  "be first.\n");
-  else fprintf(stderr, "  and nothing orders the blocks of a launch: either can be first.\n");
+  fprintf(stderr, a.block == b.block
+          ? "  and between the two no __syncthreads() is passed: either can be first.\n"
+          : "  and nothing orders the blocks of a launch: either can be first.\n");
   end_watch();
 }
 
@@ -135,7 +135,8 @@ UNSEEN void watch(const void *p, unsigned size, bool writes, unsigned alignment,
   in_hook = true;
   self->from = from;
   Area **known = &area_of_code[(uintptr_t)from / 4 % 4096], *area = *known;
-  if (!area || at < area->begin || at + size > area->begin + area->bytes) *known = area = find_area(at);
+  if (!area || at < area->begin || at + size > area->begin + area->bytes)
+    *known = area = find_area(at);
   if (area) {
     Access now = {gpu.launches, blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z),
                   (unsigned)block_barrier.phase, self->id, from};
@@ -152,10 +153,13 @@ UNSEEN void watch(const void *p, unsigned size, bool writes, unsigned alignment,
     }
     for (uintptr_t a = at; a < at + size; a += size < 8 ? 4 : 8) {
       Cell *cell = &area->cells[(a - area->begin) / 4];
-      if (together(area, cell->write, now)) report_race(area, a, size, cell->write, true, now, writes);
+      if (together(area, cell->write, now))
+        report_race(area, a, size, cell->write, true, now, writes);
       if (writes) {
-        if (together(area, cell->read, now)) report_race(area, a, size, cell->read, false, now, true);
-        if (together(area, cell->other, now)) report_race(area, a, size, cell->other, false, now, true);
+        if (together(area, cell->read, now))
+          report_race(area, a, size, cell->read, false, now, true);
+        if (together(area, cell->other, now))
+          report_race(area, a, size, cell->other, false, now, true);
         cell->write = now;
       } else {
         if (cell->read.launch != now.launch) cell->other = now;
