@@ -20,10 +20,11 @@ struct Cell { Access write, read, other; };   // of 4 bytes; other: a read by an
 struct Area { uintptr_t begin; size_t bytes; Cell *cells; };
 static std::map<uintptr_t, Area> areas;
 static Area shared_area, *area_of_code[4096]; // the area that a piece of code has accessed last
-static bool in_hook;
+static bool in_hook, counts_traffic = getenv("TRAFFIC") != NULL;
+static FILE *report;                      // NULL: stderr
 
 // The line of the source whose code has called a hook; addr2line, or atos on a Mac, finds it in the
-// program. A function that was inlined has a chain of places.
+// program. A function that was inlined has a chain of spots.
 UNSEEN void print_place(void *from) {
   Dl_info program;
   char command[1000], place[2][500] = {"", ""}, line[500];
@@ -46,7 +47,7 @@ UNSEEN void print_place(void *from) {
     if (f) fclose(f);
     while (*start == ' ') start++;
     start[strcspn(start, "\n")] = 0;
-    fprintf(stderr, "    %sline %d: %s\n", i ? "called from " : "", atoi(colon + 1), start);
+    fprintf(report ? report : stderr, "    %sline %d: %s\n", i ? "called from " : "", atoi(colon + 1), start);
   }
 }
 
@@ -129,6 +130,84 @@ UNSEEN Area *find_area(uintptr_t at) {   // also if `at` is in its margin; or NU
   return at < before->begin + before->bytes + MARGIN ? before : NULL;
 }
 
+
+// ---- Traffic, if TRAFFIC is set: how many sectors of 32 bytes of device memory a warp's accesses touch.
+// The lanes of a warp run one after the other here; what a GPU would execute together is the same place
+// in the code for the same time. So each thread counts how often it has been at each place.
+struct Spot { void *from; const char *kernel; unsigned long accesses, sectors, least; };
+struct Count { void *from; int thread; unsigned block, times; };
+struct Group { void *from; int warp; unsigned block, time, lanes, sectors; uintptr_t sector[64]; };
+enum { SPOTS = 1 << 12, COUNTS = 1 << 16, GROUPS = 1 << 17 };
+static Spot *spots;
+static Count *counts;
+static Group *groups;
+
+UNSEEN unsigned scramble(void *from, unsigned a, unsigned b) {
+  return (unsigned)(((uintptr_t)from * 0x9e3779b97f4a7c15u ^ a * 0x85ebca6bu ^ b * 0xc2b2ae35u) >> 7);
+}
+
+UNSEEN Spot *spot_of(void *from) {
+  unsigned i = scramble(from, 0, 0) % SPOTS;
+  while (spots[i].from && spots[i].from != from) i = (i + 1) % SPOTS;
+  if (!spots[i].from) spots[i] = {from, gpu.kernel, 0, 0, 0};
+  return &spots[i];
+}
+
+UNSEEN void print_traffic(void) {
+  report = fopen(getenv("TRAFFIC"), "w");
+  for (int i = 0; report && i < SPOTS; i++) {
+    Spot *p = &spots[i];
+    if (!p->from) continue;
+    fprintf(report, "%s %lu %lu %lu\n", p->kernel, p->sectors, p->least, p->accesses);
+    print_place(p->from);
+  }
+  if (report) fclose(report);
+}
+
+UNSEEN void start_traffic(void) {
+  spots = (Spot *)calloc(SPOTS, sizeof *spots);
+  counts = (Count *)calloc(COUNTS, sizeof *counts);
+  groups = (Group *)calloc(GROUPS, sizeof *groups);
+  atexit(print_traffic);
+}
+
+UNSEEN void count_traffic(uintptr_t at, unsigned size, void *from) {
+  static unsigned blocks_seen, last_block, last_launch;
+  if (!spots) start_traffic();
+  unsigned block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
+  if (block != last_block || gpu.launches != last_launch) blocks_seen++;   // those before are over
+  last_block = block; last_launch = gpu.launches;
+  unsigned i = scramble(from, self->id, 0) % COUNTS;
+  unsigned tries = 0;
+  while (counts[i].block == blocks_seen && (counts[i].from != from || counts[i].thread != self->id))
+    if (++tries > 99) return;            // too many to be counted
+    else i = (i + 1) % COUNTS;
+  if (counts[i].block != blocks_seen) counts[i] = {from, self->id, blocks_seen, 0};
+  unsigned time = counts[i].times++;
+  int warp = self->id / 32;
+  i = scramble(from, warp + 1, time) % GROUPS;
+  while (groups[i].block == blocks_seen
+         && (groups[i].from != from || groups[i].warp != warp || groups[i].time != time))
+    if (++tries > 199) return;
+    else i = (i + 1) % GROUPS;
+  Group *g = &groups[i];
+  Spot *p = spot_of(from);
+  if (g->block != blocks_seen) {
+    g->from = from; g->warp = warp; g->block = blocks_seen; g->time = time; g->lanes = g->sectors = 0;
+    p->accesses++;
+  }
+  p->least += (g->lanes * size) % 32 == 0 ? (size > 32 ? size / 32 : 1) : 0;
+  g->lanes++;
+  for (uintptr_t s = at / 32; s <= (at + size - 1) / 32; s++) {
+    unsigned k = 0;
+    while (k < g->sectors && g->sector[k] != s) k++;
+    if (k < g->sectors || k == 64) continue;
+    g->sector[g->sectors++] = s;
+    p->sectors++;
+  }
+}
+
+
 UNSEEN void watch(const void *p, unsigned size, bool writes, unsigned alignment, void *from) {
   uintptr_t at = (uintptr_t)p;
   if (!self || in_hook || at - (uintptr_t)gpu.stacks < 2UL * MAX_THREADS * STACK) return;
@@ -151,6 +230,7 @@ UNSEEN void watch(const void *p, unsigned size, bool writes, unsigned alignment,
       print_place(from);
       end_watch();
     }
+    if (counts_traffic && area != &shared_area) count_traffic(at, size, from);
     for (uintptr_t a = at; a < at + size; a += size < 8 ? 4 : 8) {
       Cell *cell = &area->cells[(a - area->begin) / 4];
       if (together(area, cell->write, now))
