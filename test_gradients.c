@@ -1052,7 +1052,7 @@ static void localise(const Model *m, const char *right, const char *layer) {
   else if (above) printf("  In backward order %s is right, then %s is wrong", above, wrong);
   else printf("  %s, the first in backward order, is wrong", wrong);
   if (*layer) printf(": look at\n  %s. (Alone, %s failed first.)\n", suspects(wrong), layer);
-  else printf(". Each layer is right alone:\n  so look at how forward() and backward() call them, and "
+  else printf(". Each layer is right alone:\n  look at how forward() and backward() call them, and "
               "at what they pass, near\n  %s\n", suspects(wrong));
 }
 

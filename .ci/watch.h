@@ -47,7 +47,8 @@ UNSEEN void print_place(void *from) {
     if (f) fclose(f);
     while (*start == ' ') start++;
     start[strcspn(start, "\n")] = 0;
-    fprintf(report ? report : stderr, "    %sline %d: %s\n", i ? "called from " : "", atoi(colon + 1), start);
+    fprintf(report ? report : stderr, "    %sline %d: %s\n", i ? "called from " : "",
+            atoi(colon + 1), start);
   }
 }
 
@@ -131,9 +132,9 @@ UNSEEN Area *find_area(uintptr_t at) {   // also if `at` is in its margin; or NU
 }
 
 
-// ---- Traffic, if TRAFFIC is set: how many sectors of 32 bytes of device memory a warp's accesses touch.
-// The lanes of a warp run one after the other here; what a GPU would execute together is the same place
-// in the code for the same time. So each thread counts how often it has been at each place.
+// ---- Traffic, if TRAFFIC names a file: how many sectors of 32 bytes of device memory the accesses of
+// a warp touch. The lanes of a warp run one after the other here; what a GPU would execute together
+// is the same place in the code for the same time. So each thread counts how often it has been there.
 struct Spot { void *from; const char *kernel; unsigned long accesses, sectors, least; };
 struct Count { void *from; int thread; unsigned block, times; };
 struct Group { void *from; int warp; unsigned block, time, lanes, sectors; uintptr_t sector[64]; };
@@ -143,7 +144,8 @@ static Count *counts;
 static Group *groups;
 
 UNSEEN unsigned scramble(void *from, unsigned a, unsigned b) {
-  return (unsigned)(((uintptr_t)from * 0x9e3779b97f4a7c15u ^ a * 0x85ebca6bu ^ b * 0xc2b2ae35u) >> 7);
+  uintptr_t mixed = (uintptr_t)from * 0x9e3779b97f4a7c15u ^ a * 0x85ebca6bu ^ b * 0xc2b2ae35u;
+  return (unsigned)(mixed >> 7);
 }
 
 UNSEEN Spot *spot_of(void *from) {
@@ -193,7 +195,8 @@ UNSEEN void count_traffic(uintptr_t at, unsigned size, void *from) {
   Group *g = &groups[i];
   Spot *p = spot_of(from);
   if (g->block != blocks_seen) {
-    g->from = from; g->warp = warp; g->block = blocks_seen; g->time = time; g->lanes = g->sectors = 0;
+    g->from = from; g->warp = warp; g->block = blocks_seen; g->time = time;
+    g->lanes = g->sectors = 0;
     p->accesses++;
   }
   p->least += (g->lanes * size) % 32 == 0 ? (size > 32 ? size / 32 : 1) : 0;
