@@ -205,7 +205,8 @@ mirror: test_gradients
 
 clean:
 	rm -rf $B train train_gpu generate test_gradients test_gradients_float \
-	  test_gradients_plain test_gradients_gpu test_gradients_gpu_float test_gradients_race data/tales
+	  test_gradients_plain test_gradients_gpu test_gradients_gpu_float test_gradients_race \
+	  test_gradients_watch test_gradients_watch.o data/tales
 
 help:
 	@sed -n '1,/^$$/s/^# \(make .*\)/\1/p' Makefile

@@ -758,6 +758,21 @@ static int differs_less(Slope a, Slope b) {   // false if a is NaN
   return fabs(a.promised - a.found) < fabs(b.promised - b.found) || isnan(b.promised);
 }
 
+// The first wrong number, or the last, by halving: of two halves that are wrong, the outer one.
+static long outermost(Case *c, int i, const double *got, const double *direction, double limit,
+                      int last) {
+  long begin = 0, end = count_in(c, i);
+  while (end - begin > 1) {
+    long middle = (begin + end) / 2;
+    Slope half = last ? slope_in(c, i, got, direction, middle, end)
+                      : slope_in(c, i, got, direction, begin, middle);
+    int wrong = !(fabs(half.promised - half.found) <= limit);
+    if (wrong == last) begin = middle;
+    else end = middle;
+  }
+  return begin;
+}
+
 // When a tensor is too large to move each number separately, all are moved at once, along a random
 // direction. If the slope is not the one that the gradient promises, half of them are moved, then
 // half of that half, always the half that differs more: so a wrong element is found in few steps.
@@ -778,9 +793,17 @@ static double check_direction(Case *c, int i, const double *got, Comparison row)
     if (differs_less(half, other)) half = other, begin = middle;
     else end = middle;
   }
-  if (!ok)
+  if (!ok) {
     printf("    a wrong one is [%ld,%ld]: %.6g, not %.6g\n", begin / row.cols, begin % row.cols,
            got[begin], half.found / direction[begin]);
+    double limit = row.bar * size / sqrt((double)n);
+    long first = outermost(c, i, got, direction, limit, 0);
+    long last = outermost(c, i, got, direction, limit, 1), T = c->s.T, t = first / row.cols % T;
+    printf("    the first wrong one is [%ld,%ld], the last [%ld,%ld] of [%d,%d]%s\n",
+           first / row.cols, first % row.cols, last / row.cols, last % row.cols,
+           row.rows - 1, row.cols - 1,
+           row.rows == c->s.B * T && t > 0 && t % 32 == 0 ? ": a tile begins there" : "");
+  }
   return error;
 }
 
