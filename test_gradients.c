@@ -796,7 +796,7 @@ static double check_direction(Case *c, int i, const double *got, Comparison row)
   if (!ok) {
     printf("    a wrong one is [%ld,%ld]: %.6g, not %.6g\n", begin / row.cols, begin % row.cols,
            got[begin], half.found / direction[begin]);
-    double limit = row.bar * size / sqrt((double)n);
+    double limit = row.bar * size;
     long first = outermost(c, i, got, direction, limit, 0);
     long last = outermost(c, i, got, direction, limit, 1), T = c->s.T, t = first / row.cols % T;
     printf("    the first wrong one is [%ld,%ld], the last [%ld,%ld] of [%d,%d]%s\n",

@@ -132,8 +132,8 @@ UNSEEN Area *find_area(uintptr_t at) {   // also if `at` is in its margin; or NU
 }
 
 
-// ---- Traffic, if TRAFFIC names a file: how many sectors of 32 bytes of device memory a warp's
-// accesses touch. The lanes of a warp run one after the other here; what a GPU would execute together
+// ---- Traffic, if TRAFFIC names a file: how many sectors of 32 bytes of device memory the accesses
+// of a warp touch. Its lanes run one after the other here; what a GPU would execute together
 // is the same place in the code for the same time: so each thread counts how often it was there.
 struct Spot { void *from; const char *kernel; unsigned long accesses, sectors, least; };
 struct Count { void *from; int thread; unsigned block, times; };
