@@ -18,11 +18,12 @@ asked() { [ "$only" = "  " ] || case $only in *" $1 "*) ;; *) return 1 ;; esac; 
 # judge WHAT N FILE WANT: judges FILE as a solution of N. WANT: "solved", or what must be printed.
 judge() {
   asked "$2" || return
+  began=$(date +%s)
   .ci/exercise "$2" "$3" >"$work/log" 2>&1
   rc=$? text=$4
   if [ "$4" = solved ]; then text="exercise $2 is solved"; else rc=$((1 - rc)); fi
   if [ $rc -eq 0 ] && grep -qF -- "$text" "$work/log"; then
-    echo "ok exercise $2, $1"; passed=$((passed + 1))
+    echo "ok exercise $2, $1 ($(($(date +%s) - began)) s)"; passed=$((passed + 1))
   else
     echo "FAIL exercise $2, $1: expected: $4"; tail -n 12 "$work/log" | sed 's/^/  /'
     failed=$((failed + 1))
