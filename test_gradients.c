@@ -880,7 +880,7 @@ static void check_layers(const char **names, int n_names) {
     if (!is_matmul(layers[i])) continue;
     check_layer(layers[i], WIDE_SUM, 0, BAR);
     check_layer(layers[i], LONG_SUM, 0, BAR);
-#ifdef GPU                               // which kernel is used depends on how many
+#if defined GPU && !defined WATCH       // which kernel is used depends on how many
     int before = multiprocessors;
     multiprocessors = before == 2 ? 132 : 2;
     check_layer(layers[i], LARGE, 0, BAR);
