@@ -2636,17 +2636,13 @@ template <class T> static void check_pointer(const char *kernel, T *p) {
   exit(1);
 }
 template <class T> static void check_pointer(const char *, const T &) {}
-#ifdef WATCH                             // to say which parameter of a kernel an address belongs to
+// The pointers among a kernel's arguments: .ci/watch.h says which of them an address belongs to.
 static std::vector<uintptr_t> arguments;
 template <class T> static uintptr_t first_word(const T &x) {   // a pointer, or a struct's first
   uintptr_t word = 0;
   memcpy(&word, &x, sizeof x < sizeof word ? sizeof x : sizeof word);
   return word;
 }
-#define ARGUMENTS(...) arguments = {__VA_ARGS__};
-#else
-#define ARGUMENTS(...)
-#endif
 template <class... P> struct Launch {
   const char *name;
   void (*kernel)(P...);
@@ -2658,7 +2654,7 @@ template <class... P> struct Launch {
     Launch l = *this;
     std::function<void()> body = [l, p...] { l.kernel(p...); };
     if (enqueue(stream, [l, body, p...] {
-      ARGUMENTS(first_word(p)...)
+      arguments = {first_word(p)...};
       run_grid(l.name, l.grid, l.block, &body);
     })) {
       fprintf(stderr, "kernel %s: is launched in a stream that was not created\n", name);
