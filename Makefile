@@ -7,7 +7,9 @@
 # make mutants  plants bugs, and sees that the checker finds each (half an hour)
 # make fuzz     fuzzes the file readers, for ten minutes
 # make check-arm64   checks the program for another kind of processor, emulated
+# make mirror LAYER=gelu   C beside CUDA; without LAYER: all of it, as a web page
 # make exercise N=1   sets up an exercise, or judges your solution; without N: which there are
+# make grade DIR=submissions   judges those of a class, as a table
 # make clean    removes what make made, except texts and run/
 # make help     lists these
 
@@ -123,6 +125,12 @@ race: $(if $(HAVE_CXX),test_gradients_race,no_cxx)
 $D/test_gradients_race: $(CHECKER) $(HEADER)
 	$(EMULATE) -O1 -fsanitize=$(SANITIZE) -DWARPS=2 -DSEARCH_FOR_RACES=1 -o $@ $< -lpthread -lm
 
+# The exercises' checker: watches each access that a kernel makes. Its functions take the place of
+# the thread sanitizer's, so it is compiled with the sanitizer and linked without.
+$D/test_gradients_watch: $(CHECKER) $(HEADER) .ci/watch.h
+	$(EMULATE) -O0 -fsanitize=thread -DWARPS=2 '-DWATCH=".ci/watch.h"' -c -o $@.o $<
+	$(CXX) -o $@ $@.o -lpthread -lm -ldl
+
 no_cxx:
 	@echo "the emulator needs a C++ compiler, and there is none ($(CXX)): name one with CXX="; exit 1
 
@@ -185,13 +193,22 @@ bench: train generate data/tales.txt
 
 # Exercise N of .ci/exercises, in .exercise/N: sets it up, then judges what is there.
 exercise:
-	@.ci/exercise "$(N)"
+	@CXX="$(CXX)" HINT="$(HINT)" .ci/exercise "$(N)" || true
+
+# Judges all of DIR/NAME/N/train.c and DIR/NAME/N/train_gpu.cu: a table.
+grade:
+	@CXX="$(CXX)" .ci/grade "$(DIR)"
+
+# C beside CUDA: make mirror LAYER=layernorm in the terminal, make mirror as one web page.
+mirror: test_gradients
+	@.ci/mirror $(LAYER)
 
 clean:
 	rm -rf $B train train_gpu generate test_gradients test_gradients_float \
-	  test_gradients_plain test_gradients_gpu test_gradients_gpu_float test_gradients_race data/tales
+	  test_gradients_plain test_gradients_gpu test_gradients_gpu_float test_gradients_race \
+	  test_gradients_watch test_gradients_watch.o data/tales
 
 help:
 	@sed -n '1,/^$$/s/^# \(make .*\)/\1/p' Makefile
 
-.PHONY: all run test race no_cxx check-arm64 mutants fuzz compare-optimizers bench exercise clean help
+.PHONY: all run test race no_cxx check-arm64 mutants fuzz compare-optimizers bench exercise grade mirror clean help
