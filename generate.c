@@ -130,8 +130,7 @@ static void whole_window(Model *m, const unsigned char *bytes, long start, int n
 // here it is done once. A step then reads memory from front to back, which is what it does fastest.
 static void pack_weight(const real *weights, Matrix w, int C, int O) {
   real *panels = (real *)device_alloc((size_t)C * (O + COLUMNS) * sizeof(real));
-  for (int o = 0; o < O; o += COLUMNS)
-    pack(panels + (long)o*C, COLUMNS, part_of(w, 0, o), C, MIN(COLUMNS, O - o));
+  pack_all(panels, w, C, O);
   struct Packed p = {weights, panels};
   packed[n_packed++] = p;
 }

@@ -119,7 +119,7 @@ LAYER_INTERFACE(crossentropy, Tensor loss, Tensor correct, Tensor row_lse, Tenso
 LAYER_INTERFACE(attention, Tensor out, Tensor lse, Tensor qkv, int B, int T, int C, int H);
 
 // What layers are made of. matmul multiplies an (M,K) by a (K,N) matrix. mode SET: c = a b + bias,
-// where bias may be NULL; ADD: c += a b, and bias is ignored. c.right must be 1.
+// where bias may be NULL; ADD: c += a b, and bias is ignored. c.right must be 1, and a stride of a.
 enum { SET, ADD };
 static void matmul(Matrix c, Matrix a, Matrix b, int M, int N, int K, int mode, const real *bias);
 static void add_columns(real *sum, const real *x, int N, int O);   // sum[o] += sum_n x[n,o]
@@ -936,13 +936,14 @@ static void crossentropy_backward(Tensor loss, Tensor correct, Tensor row_lse, T
 // backward:
 //   datt[t,s] = dout[t].v[s];      dz[t,s] = att[t,s] (datt[t,s] - dout[t].out[t])
 //   dv[s] = sum_t att[t,s] dout[t];  dq[t] = sum_s dz[t,s] k[s] / sqrt(D);
-//   dk[s] = sum_t dz[t,s] q[t] / sqrt(D)
+//   dk[s] = sum_t dz[t,s] q[t] / sqrt(D)                     each sum over the pairs with s <= t
+// (dout[t].out[t] is sum_s att[t,s] datt[t,s]: the derivative of softmax needs this sum.) Backward
+// gets lse and out, not att: T numbers a head, not T*T.
 // A row of qkv has the queries of all heads, then the keys, then the values, D numbers each:
 //
 //   | q of h 0 | q of h 1 | ... | k of h 0 | k of h 1 | ... | v of h 0 | v of h 1 | ... |
 //   0          D                C                           2C                          3C
 //
-// Only lse is kept for backward, not att: T numbers a head, not T*T.
 // Where a head's numbers of token 0 are. From token to token q, k and v move on by 3C, out by C.
 typedef struct { real *q, *k, *v, *out, *lse; } Head;
 
@@ -953,7 +954,8 @@ static Head head_of(real *qkv, real *out, real *lse, long bh, int T, int C, int 
   return head;
 }
 
-// The plain form: for each query a loop over the keys. The fast form below gives the same.
+// The plain form: for each query a loop over the keys. The fast form below gives the
+// same but for rounding.
 static real z_of(const real *q, const real *k, int D) {
   return SUM(real, d, D, q[d] * k[d]) / sqrt((real)D);
 }
@@ -1008,9 +1010,9 @@ static void attention_plain_backward(Tensor out, Tensor lse, Tensor qkv, int B, 
 //   keys      0   1   2   3   4   5
 //   query 0   x   0
 //   query 1   x   x
-//   query 2   x   x   x   0               x: att[t,s]. Rows end at the last key that one of their
-//   query 3   x   x   x   x               ROWS queries sees; before it, what a query does not see
-//   query 4   x   x   x   x   x   0       is 0.
+//   query 2   x   x   x   0               x: att[t,s]. No product goes further than to the last key
+//   query 3   x   x   x   x               that one of the ROWS queries sees (or to the end of its
+//   query 4   x   x   x   x   x   0       panel). What a query does not see is 0 there.
 //   query 5   x   x   x   x   x   x
 //
 // From section 6: a tile has ROWS x COLUMNS numbers; pack_all() copies a matrix into panels of
@@ -1044,24 +1046,27 @@ static real exp_of_scores(real *e, int seen, int width, real max, real scale) {
 
 static void attention_forward(Tensor out, Tensor lse, Tensor qkv, int B, int T, int C, int H) {
   if (PLAIN) { attention_plain_forward(out, lse, qkv, B, T, C, H); return; }
-  int D = C / H, stride = padded(T) + CACHE_LINE;   // an odd number of cache lines: rows at a
-  long row = 3L*C;                                  // distance of 4096 bytes would share few places
-  real scale = 1 / sqrt((real)D);                   // in the cache
+  int D = C / H;
+  long row = 3L*C;                               // from token to token in qkv
+  // A row of att is an odd number of cache lines: rows 4096 bytes apart would share few places in
+  // the cache.
+  int stride = ((padded(T) / CACHE_LINE + 1) / 2 * 2 + 1) * CACHE_LINE;
+  real scale = 1 / sqrt((real)D);
   parallel_for (bh, B*H) {
     Head a = head_of(qkv.data, out.data, lse.data, bh, T, C, H);
-    real *att = scratch((long)ROWS*stride + (long)D*padded(T) + (long)T*padded(D)), sum[ROWS];
+    real *att = scratch((long)ROWS*stride + (long)D*padded(T) + (long)T*padded(D));
     real *k_panels = att + (long)ROWS*stride, *v_panels = k_panels + (long)D*padded(T);
     pack_all(k_panels, transpose(rows_of(a.k, row)), D, T);   // once for all queries
     pack_all(v_panels, rows_of(a.v, row), T, D);
     for (long i = 0; i < T; i += ROWS) {         // queries from i on
       int rows = MIN((long)ROWS, T - i), keys = i + rows, width = padded(keys);
       Matrix q = rows_of(a.q + i*row, row), out_i = rows_of(a.out + i*C, C);
+      real sum[ROWS];
       multiply_packed(rows_of(att, stride), q, k_panels, D, rows, width, D, SET, NULL);
       for (int t = 0; t < rows; t++) {
         real *att_t = att + (long)t*stride;
-        int seen = i + t + 1;                    // keys s <= t
-        for (int s = seen; s < width; s++) att_t[s] = -INFINITY;
-        real max = max_of(att_t, width) * scale; // subtracted, so that exp cannot overflow
+        int seen = i + t + 1;                    // keys
+        real max = max_of(att_t, seen) * scale;  // subtracted, so that exp cannot overflow
         sum[t] = exp_of_scores(att_t, seen, width, max, scale);
         a.lse[i + t] = max + log(sum[t]);
       }
@@ -1073,9 +1078,11 @@ static void attention_forward(Tensor out, Tensor lse, Tensor qkv, int B, int T, 
   profile_flop(2.0*B*T*T*C);
 }
 
-// For backward a block of queries meets a block of keys: att and dz of QUERIES x KEYS numbers, and
-// the packed operands, fit into the core's cache.
-enum { QUERIES = 96, KEYS = 256, STRIDE = KEYS + CACHE_LINE };   // ROWS divides 96
+// For backward a block of queries meets a block of keys, so that att and dz of the two, and what is
+// packed, fit into the core's cache. Five products, the first two ROWS queries at a time:
+//   att from q k^T;  datt = dout v^T;  dq += dz k;  dv += att^T dout;  dk += dz^T q
+// Here t is relative to i, s to j, and dz has been divided by sqrt(D).
+enum { QUERIES = 96, KEYS = 256, STRIDE = KEYS + CACHE_LINE };   // ROWS divides QUERIES
 
 static void attention_backward(Tensor out, Tensor lse, Tensor qkv, int B, int T, int C, int H) {
   if (PLAIN) { attention_plain_backward(out, lse, qkv, B, T, C, H); return; }
@@ -1098,7 +1105,8 @@ static void attention_backward(Tensor out, Tensor lse, Tensor qkv, int B, int T,
       pack_all(kT_panels, transpose(k), D, keys);
       pack_all(vT_panels, transpose(v), D, keys);
       for (long i = j; i < T; i += QUERIES) {    // queries from i on
-        int queries = MIN((long)QUERIES, T - i), all_seen = MIN((long)keys, i + queries - j);
+        int queries = MIN((long)QUERIES, T - i);
+        int all_seen = MIN((long)keys, i + queries - j);   // keys that some query of the block sees
         Matrix q = rows_of(a.q + i*row, row), dout = rows_of(g.out + i*C, C);
         pack_all(q_panels, q, queries, D);
         pack_all(dout_panels, dout, queries, D);
@@ -1115,13 +1123,14 @@ static void attention_backward(Tensor out, Tensor lse, Tensor qkv, int B, int T,
             real dout_dot_out = SUM(real, d, D, dout_t[d] * out_t[d]);
             for (int s = 0; s < width; s++) {    // dz[] had datt until now
               att_t[s] = j + s <= i + t ? exp_(att_t[s] * scale - lse_t) : 0;
-              dz_t[s] = j + s <= i + t ? att_t[s] * (dz_t[s] - dout_dot_out) * scale : 0;
+              dz_t[s] = att_t[s] * (dz_t[s] - dout_dot_out) * scale;
             }
           }
           multiply_packed(dq, dz_t0, k_panels, keys, rows, D, seen, ADD, NULL);
         }
         for (int s = 0; s < all_seen; s += ROWS) {   // dk and dv of ROWS keys
-          int rows = MIN(ROWS, all_seen - s), t = MAX(0, j + s - i);   // t: the first to see them
+          int rows = MIN(ROWS, all_seen - s);
+          int t = MAX(0, j + s - i);             // the first query that sees the first of them
           Matrix att_s = transpose(rows_of(att + t*STRIDE + s, STRIDE));
           Matrix dz_s = transpose(rows_of(dz + t*STRIDE + s, STRIDE));
           multiply_packed(rows_of(g.v + (j + s)*row, row), att_s, dout_panels + t*COLUMNS, queries,
@@ -1175,8 +1184,8 @@ static void matmul_plain(Matrix c, Matrix a, Matrix b, int M, int N, int K, int 
 //   3. C is cut into a grid of parts, one for each thread.
 //
 // For M 2048, N 1152, K 384 the six lines do 2.4 GFLOP/s on a core that can do 117. Tiles do 104
-// where the rows of B are contiguous; with packing, 104 for any B. Each element of C is the same sum
-// in the same order, wherever C is cut.
+// where the rows of B are contiguous; with packing, 104 for any B. Each element of C is the same
+// sum in the same order, wherever C is cut.
 //
 // vec is as wide as a register of the machine: the compiler turns it into AVX-512, AVX2 or NEON.
 typedef real vec __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
@@ -1195,30 +1204,30 @@ enum {
 #define NOT_UNROLLED _Pragma("GCC unroll 1")        // else GCC unrolls, and then cannot vectorise
 #endif
 
-// Copies a matrix of depth x columns into a panel of depth x width, and pads it with zeros.
-__attribute__((always_inline))
-static inline void pack(real *panel, int width, Matrix m, int depth, int columns) {
+// Copies a matrix of depth x columns into a panel of depth x COLUMNS, and pads it with zeros. The
+// last loop copies what the others left.
+static void pack(real *panel, Matrix m, int depth, int columns) {
   int k = 0;
-  if (columns == width && m.right == 1)
-    for (; k < depth; k++) memcpy(panel + k*width, m.at + k*m.down, width * sizeof(real));
-  if (columns == width && m.down == 1)    // transposed: a cache line of 4 columns at a time
+  if (columns == COLUMNS && m.right == 1)
+    for (; k < depth; k++) memcpy(panel + k*COLUMNS, m.at + k*m.down, COLUMNS * sizeof(real));
+  if (columns == COLUMNS && m.down == 1)  // transposed: a cache line of 4 columns at a time
     for (; k + CACHE_LINE <= depth; k += CACHE_LINE)
-      for (int j = 0; j < width; j += 4) {
+      for (int j = 0; j < COLUMNS; j += 4) {
         const real *x0 = m.at + k + j*m.right, *x1 = x0 + m.right, *x2 = x1 + m.right;
-        const real *x3 = x2 + m.right, *next_panel = x0 + width*m.right;
+        const real *x3 = x2 + m.right, *next_panel = x0 + COLUMNS*m.right;
         for (int i = 0; i < 4; i++) __builtin_prefetch(next_panel + i*m.right);
         for (int i = 0; i < CACHE_LINE; i++)
-          *(vec4 *)(panel + (k + i)*width + j) = (vec4){x0[i], x1[i], x2[i], x3[i]};
+          *(vec4 *)(panel + (k + i)*COLUMNS + j) = (vec4){x0[i], x1[i], x2[i], x3[i]};
       }
   for (; k < depth; k++)
-    for (int j = 0; j < width; j++)
-      panel[k*width + j] = j < columns ? m.at[k*m.down + j*m.right] : 0;
+    for (int j = 0; j < COLUMNS; j++)
+      panel[k*COLUMNS + j] = j < columns ? m.at[k*m.down + j*m.right] : 0;
 }
 
 // One tile: c[i,j] = sum_k a[i,k] panel[k,j] + (c[i,j] if mode is ADD, else bias[j] or 0), for
 // rows <= most <= ROWS. Where `most` is a constant, the sums stay in registers; if `whole`, the
-// tile has all its rows. C is needed at the end, and fetched at the beginning (102 to 108 GFLOP/s):
-// a store, too, waits for its cache line.
+// tile has all its rows. C is needed at the end, and fetched at the beginning, which makes a matmul
+// 5 % faster: a store, too, waits for its cache line.
 __attribute__((always_inline))
 static inline void tile_of(const int most, const int whole, Matrix c, Matrix a, const real *panel,
                            int rows, int columns, int depth, int mode, const real *bias) {
@@ -1241,22 +1250,23 @@ static inline void tile_of(const int most, const int whole, Matrix c, Matrix a, 
   }
   UNROLL for (int i = 0; i < most; i++) {
     if (i >= rows) continue;             // with `break`, clang would not unroll
-    real *y = c.at + i*c.down, s[COLUMNS];
+    real *y = c.at + i*c.down;
     const real *from = mode == ADD ? y : bias ? bias : zeros;
     if (columns == COLUMNS) {                    // the usual case: two whole vectors
       vec y0 = sum[i][0] + *(const vec *)from, y1 = sum[i][1] + *(const vec *)(from + VECTOR);
       *(vec *)y = y0;
       *(vec *)(y + VECTOR) = y1;
     } else {
+      real s[COLUMNS];
       memcpy(s, sum[i], sizeof s);
       for (int j = 0; j < columns; j++) y[j] = s[j] + from[j];
     }
   }
 }
 
-// A function of its own on purpose: if it is inlined into the loops around it, GCC runs out of
-// registers and spills the sums. It has a form for each kind of A, since a stride that is the
-// constant 1 needs no register either; and one for few rows, as in generate.c.
+// tile() is a function of its own on purpose: if it is inlined into the loops around it, GCC runs
+// out of registers and spills the sums. It has a form for each kind of A, of which one stride must
+// be 1, since a constant needs no register either; and one for few rows, as in generate.c.
 enum { FEW = 4 };
 __attribute__((noinline))
 static void tile(Matrix c, Matrix a, const real *panel, int rows, int columns, int depth, int mode,
@@ -1271,11 +1281,11 @@ static void tile(Matrix c, Matrix a, const real *panel, int rows, int columns, i
 
 static void pack_all(real *panels, Matrix m, int depth, int columns) {
   for (int j = 0; j < columns; j += COLUMNS)
-    pack(panels + (long)j*depth, COLUMNS, part_of(m, 0, j), depth, MIN(COLUMNS, columns - j));
+    pack(panels + (long)j*depth, part_of(m, 0, j), depth, MIN(COLUMNS, columns - j));
 }
 
-// The matmul of one thread with a B that has been packed: its column j is at panels + j*height. In
-// training height is K or more; generate.c packs all weights in advance.
+// The matmul of one thread with a B that has been packed: the panel of its column j is at panels +
+// j*height, where height is the depth with which it was packed; K may be less.
 static void multiply_packed(Matrix c, Matrix a, const real *panels, long height, int M, int N,
                             int K, int mode, const real *bias) {
   for (int j = 0; j < N; j += COLUMNS)
@@ -1306,7 +1316,7 @@ static void multiply(Matrix c, Matrix a, Matrix b, int M, int N, int K, int mode
         for (int j = j0; j < MIN(N, j0 + MAX_COLUMNS); j += COLUMNS) {
           int rows = MIN(MAX_ROWS, M - i), columns = MIN(COLUMNS, N - j), depth = MIN(DEPTH, K - k);
           real *panel = panels + (M > MAX_ROWS ? j - j0 : 0)*depth;   // one place if used only once
-          if (i == 0) pack(panel, COLUMNS, part_of(b, k, j), depth, columns);
+          if (i == 0) pack(panel, part_of(b, k, j), depth, columns);
           multiply_packed(part_of(c, i, j), part_of(a, i, k), panel, depth, rows, columns, depth,
                           k > 0 ? ADD : mode, bias ? bias + j : NULL);
         }
