@@ -100,7 +100,8 @@ ON_GPU = $(and $(NVCC),$(HAS_GPU))
 HEADER = $(if $(filter .,$D),$B,$D)/train_gpu.h
 EMULATE = $(CXX) -x c++ -std=c++17 -g $(NATIVE) $(WARN) -DGPU '-DKERNELS="$(HEADER)"' -I. -I$D \
   $(EXTRA)
-GPU_CHECK = $(if $(ON_GPU),$(NVCC) $(NVCCFLAGS) -x cu '-DKERNELS="train_gpu.cu"' $(EXTRA),$(EMULATE) -O2)
+ALIGNED = -fsanitize=alignment -fsanitize-undefined-trap-on-error   # as a GPU does: it traps
+GPU_CHECK = $(if $(ON_GPU),$(NVCC) $(NVCCFLAGS) -x cu '-DKERNELS="train_gpu.cu"' $(EXTRA),$(EMULATE) -O2 $(ALIGNED))
 
 $(HEADER): $D/train_gpu.cu
 	@mkdir -p $(@D)

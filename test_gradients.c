@@ -1106,6 +1106,30 @@ static void check_tf32_rounding(void) {
   expect(c[0] == N * (1 + 0x1p-10) && c[1] == c[0], "tf32", "both operands are rounded to nearest");
 }
 
+// --profile charges each kernel its own time, however many are launched before the CPU waits. In
+// the emulator each takes a millisecond.
+static void fill_often(void *x) {
+  for (int i = 0; i < 2500; i++) fill((real *)x, 1, 0);
+}
+
+static void check_profile(void) {
+  real *x = (real *)device_alloc(sizeof *x), y;
+  profiled = profile;
+  memset(profile, 0, sizeof profile);
+  opt.profile = 1;
+  launch(fill_often, x);
+  copy_out(&y, x, sizeof y);
+  opt.profile = 0;
+  double ms = profile->seconds * 1e3 / 2500;
+#ifdef EMULATED
+  int ok = fabs(ms - 1) < 1e-9;
+#else
+  int ok = ms > 0 && ms < 1;
+#endif
+  expect(ok && !strcmp(profile->name, "fill_kernel") && profile->calls == 2500, "--profile",
+         "%ld launches of %s of %.3f ms", profile->calls, profile->name, ms);
+}
+
 static void check_tf32(void) {
   const double size = 0.6 * 0x1p-11;
   if (compute_capability < 80) {
@@ -2083,6 +2107,7 @@ static void check_everything(void) {
     return;
   }
 #ifdef GPU
+  check_profile();
   if (!IS_DOUBLE) check_tf32();
 #else
   if (IS_DOUBLE) check_model();
@@ -2166,8 +2191,9 @@ static const char *running_kernel(void) { return NULL; }
 //   - blocks, and between barriers the threads of a block, run in a random order: GPU_SEED=n;
 //   - device memory and shared memory are NaN until something is written there;
 //   - the work of a stream is done only when the host waits for it;
-//   - a barrier that not all threads reach, a host pointer in a kernel, a write next to an array,
-//     or what may not be done while a graph is recorded, ends the program;
+//   - a barrier or an exchange that a thread does not reach, a host pointer in a kernel, a write next
+//     to an array, an access that is not aligned, a grid or shared memory beyond the limits, or what
+//     may not be done while a graph is recorded, ends the program;
 //   - -fsanitize=address sees an index beyond an array, and the host touching device memory;
 //   - -fsanitize=thread (`make race`) sees two threads at one address without a barrier between.
 #pragma GCC diagnostic ignored "-Wunused-function"
@@ -2389,14 +2415,15 @@ UNSEEN void run_block(void) {
 // ---- Device memory
 enum cudaError_t {
   cudaSuccess, cudaErrorInvalidValue, cudaErrorMemoryAllocation, cudaErrorStreamCaptureUnsupported,
-  cudaErrorInvalidResourceHandle
+  cudaErrorInvalidResourceHandle, cudaErrorNotReady
 };
 enum cudaMemcpyKind {
   cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice
 };
 static const char *cudaGetErrorString(cudaError_t e) {
   static const char *const text[] = {"no error", "invalid argument", "out of memory",
-                                     "not allowed while a graph is recorded", "never recorded"};
+                                     "not allowed while a graph is recorded", "never recorded",
+                                     "not done yet"};
   return text[e];
 }
 static std::map<uintptr_t, size_t> device_memory_map;   // address and size of each allocation
@@ -2479,16 +2506,27 @@ static cudaError_t cudaMemsetAsync(void *p, int value, size_t n, cudaStream_t st
   return enqueue(stream, [=] { memset(p, value, n); });
 }
 
+// How much shared memory has the kernel written? A block has 48 KB, for arrays of a fixed size.
+UNSEEN void check_shared(void) {
+  long written = 0;
+  for (const char *p = shared_begin; p < shared_end; p += 4) written += *(const Word *)p != ~0u;
+  if (4 * written <= 48 << 10) return;
+  fprintf(stderr, "kernel %s: uses %ld bytes of shared memory, over 48 KB\n", gpu.kernel,
+          4 * written);
+  exit(1);
+}
+
 // ---- Launches: a sed in the Makefile turns kernel<<<grid, block, 0, stream>>>(x) into
 // LAUNCH(kernel, grid, block, 0, stream)(x)
 UNSEEN void run_grid(const char *kernel, dim3 grid, dim3 block, const std::function<void()> *body) {
-  int n = grid.x * grid.y * grid.z;
+  uint64_t n = (uint64_t)grid.x * grid.y * grid.z;
   gpu.kernel = kernel; gpu.body = body; gpu.threads = block.x * block.y * block.z;
   gridDim.x = grid.x; gridDim.y = grid.y; gridDim.z = grid.z;
   blockDim.x = block.x; blockDim.y = block.y; blockDim.z = block.z;
-  if (n < 1 || grid.y > 65535 || grid.z > 65535 || gpu.threads < 1 || gpu.threads > MAX_THREADS
-      || gpu.threads % 32)
-    gpu_die("the grid is empty or too large, or a block is not made of warps", 0, 0);
+  if (n < 1 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535)
+    gpu_die("the grid is empty, or exceeds 2^31 - 1 blocks in x or 65535 in y or z", 0, 0);
+  if (gpu.threads < 1 || gpu.threads > MAX_THREADS || gpu.threads % 32)
+    gpu_die("a block has 1 to 1024 threads, and whole warps of them", 0, 0);
   if (!gpu.stacks) {
     const char *seed = getenv("GPU_SEED");
     gpu.random = seed ? strtoull(seed, NULL, 10) : 0;
@@ -2500,7 +2538,7 @@ UNSEEN void run_grid(const char *kernel, dim3 grid, dim3 block, const std::funct
   int *order = (int *)malloc(n * sizeof *order);
   shuffle(order, n);
   memset(shared_begin, 0xff, shared_end - shared_begin);
-  for (int i = 0; i < n; i++) {
+  for (uint64_t i = 0; i < n; i++) {
     blockIdx.x = order[i] % grid.x;
     blockIdx.y = order[i] / grid.x % grid.y;
     blockIdx.z = order[i] / grid.x / grid.y;
@@ -2509,6 +2547,7 @@ UNSEEN void run_grid(const char *kernel, dim3 grid, dim3 block, const std::funct
   free(order);
   TSAN(__tsan_acquire(&gpu.end);)
   check_margins();
+  check_shared();
 }
 
 template <class T> static void check_pointer(const char *kernel, T *p) {
@@ -2561,12 +2600,17 @@ UNSEEN Word (*show_warp(const void *words, int n, const char *what, int line))[6
   wait_at(&warp_barrier[self->id / 32], 32, false, what, line);
   return lanes;
 }
-template <class T> UNSEEN T __shfl_xor_sync(unsigned, T x, int flip, LINE) {
+UNSEEN void check_mask(unsigned lanes) {
+  if (lanes != ~0u) gpu_die("an exchange between some lanes of a warp: not emulated", self, 0);
+}
+template <class T> UNSEEN T __shfl_xor_sync(unsigned mask, T x, int flip, LINE) {
+  check_mask(mask);
   Word (*lanes)[6] = show_warp(&x, sizeof x / 4, "__shfl_xor_sync()", line);
   for (unsigned i = 0; i < sizeof x / 4; i++) ((Word *)&x)[i] = lanes[self->id % 32 ^ flip][i];
   return x;
 }
-UNSEEN unsigned __ballot_sync(unsigned, int vote, LINE) {
+UNSEEN unsigned __ballot_sync(unsigned mask, int vote, LINE) {
+  check_mask(mask);
   Word (*lanes)[6] = show_warp(&vote, 1, "__ballot_sync()", line);
   unsigned votes = 0;
   for (int i = 0; i < 32; i++) votes |= (unsigned)(lanes[i][0] != 0) << i;
@@ -2650,8 +2694,9 @@ CALL cudaEventRecord(cudaEvent_t e, cudaStream_t s) {
 }
 CALL cudaEventSynchronize(cudaEvent_t e) { return run_until(e->after); }
 CALL cudaEventElapsedTime(float *ms, cudaEvent_t a, cudaEvent_t b) {
-  *ms = 0;
-  return a->recorded && b->recorded ? cudaSuccess : cudaErrorInvalidResourceHandle;
+  *ms = (float)b->after - (float)a->after;   // each launch or copy takes a millisecond
+  if (!a->recorded || !b->recorded) return cudaErrorInvalidResourceHandle;
+  return b->after <= the_stream.done ? cudaSuccess : cudaErrorNotReady;
 }
 CALL cudaStreamBeginCapture(cudaStream_t, int) {
   recorded = new Work;

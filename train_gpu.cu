@@ -65,9 +65,9 @@ static void check(cudaError_t error, const char *call, const char *file, int lin
 }
 
 // RUN(kernel<<<...>>>(...)) launches a kernel, checks that it has started, and measures it for
-// --profile.
-#define RUN(...) do { __VA_ARGS__; launched(#__VA_ARGS__); } while (0)
-static void launched(const char *call);
+// --profile; see section 7.
+#define RUN(...) do { launching(); __VA_ARGS__; launched(#__VA_ARGS__); } while (0)
+static void launching(void), launched(const char *call);
 
 static int blocks(long n, long each) { return (int)((n + each - 1) / each); }
 
@@ -1150,29 +1150,50 @@ static void copy_in(void *device, const void *host, size_t bytes) {
   }
 }
 
+// For --profile an event marks the end of each kernel in the stream, and a kernel is charged the
+// time since the event before it. The marks are read when the stream's work is done anyway, as in
+// copy_out(): if the CPU waited at each mark, the next kernel would be charged its launch, too. (A
+// kernel shorter than a launch, a few microseconds, still is: the GPU then waits for the CPU.)
+enum { MARKS = 1024 };
+static struct { cudaEvent_t end; struct Profile *kernel; } mark[MARKS];
+static int marks;
+
+static void set_mark(struct Profile *kernel) {
+  if (!mark[marks].end) CHECK(cudaEventCreate(&mark[marks].end));
+  CHECK(cudaEventRecord(mark[marks].end, stream));
+  mark[marks++].kernel = kernel;
+}
+
+static void read_marks(void) {
+  for (int i = 1; i < marks; i++) {
+    float milliseconds;
+    CHECK(cudaEventElapsedTime(&milliseconds, mark[i - 1].end, mark[i].end));
+    mark[i].kernel->seconds += 1e-3 * milliseconds;
+  }
+  marks = 0;
+}
+
 static void copy_out(void *host, const void *device, size_t bytes) {
   CHECK(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, stream));
   CHECK(cudaStreamSynchronize(stream));  // the CPU waits here until all work is done
+  read_marks();
 }
 
-// After each launch. For --profile an event marks the stream where the kernel ends; the time since
-// the last event is the kernel's.
-static void launched(const char *call) {
-  static cudaEvent_t mark[2];
-  static int now;
+static void launching(void) {            // before each launch
+  if (marks == MARKS) {
+    CHECK(cudaEventSynchronize(mark[MARKS - 1].end));
+    read_marks();
+  }
+  if (opt.profile && marks == 0) set_mark(NULL);   // where the first kernel begins
+}
+
+static void launched(const char *call) {   // after each launch
   char kernel[40];
   if (!strncmp(call, "LAUNCH(", 7)) call += 7;   // the emulator's way to write a launch
   snprintf(kernel, sizeof kernel, "%.*s", (int)strcspn(call, "<,("), call);
   cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) die("kernel %s did not start: %s", kernel, cudaGetErrorString(error));
   if (!opt.profile) return;
-  float milliseconds = 0;
-  int first = !mark[0];
-  for (int i = 0; i < 2; i++)
-    if (!mark[i]) CHECK(cudaEventCreate(&mark[i]));
-  CHECK(cudaEventRecord(mark[now], stream));
-  CHECK(cudaEventSynchronize(mark[now]));
-  if (!first) CHECK(cudaEventElapsedTime(&milliseconds, mark[!now], mark[now]));
-  profile_add(kernel, 1e-3 * milliseconds);
-  now = !now;
+  profile_add(kernel, 0);                // counts the call; the time follows in read_marks()
+  set_mark(profiled);
 }
