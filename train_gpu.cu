@@ -456,12 +456,9 @@ static void crossentropy_backward(Tensor loss, Tensor correct, Tensor row_lse, T
 //   x[d][t] = q[t][d]  y[d][s] = k[s][d]  ->  z[t][s], in registers: maximum, exp, sum of a row
 //   x[s][t] = z[t][s]  y[s][d] = v[s][d]  ->  out[t][d] += , in registers until the last tile
 enum {
-  SIDE = sizeof(real) == sizeof(float) && WARPS == 8 ? 64 : 32,   // two tiles of 64 x 68 doubles
+  SIDE = sizeof(real) == sizeof(float) && WARPS == 8 ? 64 : 32,   // two tiles of 64 x 64 doubles
                                          //   exceed 48 KB of shared memory; small CUDA blocks (the
                                          //   checker's) get 32, too
-  PAD = 4,                               // numbers between the rows of a tile, so that a column, or
-                                         //   a transposed store, spreads over several banks
-  ROW = SIDE + PAD,                      // from one row of a tile to the next
   SIDE_LANES = SIDE / 4,
   SIDE_THREADS = SIDE/8 * SIDE/4
 };
@@ -470,23 +467,32 @@ enum {
 #define ROW_OF(i) (TY*4 + (i)%4 + (i)/4*(SIDE/2))   // of this thread's number [i][j]
 #define COLUMN_OF(j) (TX*4 + (j))
 
+// Where tile[r][c] is. If each row simply followed the one before, the numbers of a column would
+// all be in one bank, and a warp that stores a column would take 32 turns. So the groups of eight of
+// a row are exchanged, in another way in each four rows ("swizzled"); a group of four still is 16
+// aligned bytes:
+//
+//   rows 0..3  have groups 0 1 2 3 ...      rows  8..11  have groups 2 3 0 1 ...
+//   rows 4..7              1 0 3 2 ...      rows 12..15              3 2 1 0 ..., then as at first
+static __device__ __forceinline__ int at(int r, int c) { return r*SIDE + (c ^ r/4 % 4 * 8); }
+
 // tile[r][c] = x[r*row + c]; 0 beyond `rows` and `columns`
 static __device__ __forceinline__ void load_tile(real *tile, const real *x, long row, int rows,
                                                  int columns) {
   for (int i = threadIdx.x; i < SIDE*SIDE/4; i += SIDE_THREADS) {
     int r = i / (SIDE/4), c = i % (SIDE/4) * 4;
-    *(Real4 *)(tile + r*ROW + c) = load4(x + r*row + c, r < rows ? columns - c : 0);
+    *(Real4 *)(tile + at(r, c)) = load4(x + r*row + c, r < rows ? columns - c : 0);
   }
 }
 
 // tile[c][r] = x[r*row + c]. A warp takes 8 rows x 4 Real4: it loads 64 consecutive bytes of each
-// row, and at most two lanes store to the same bank.
+// row, and no two lanes store to the same bank.
 static __device__ __forceinline__ void load_transposed(real *tile, const real *x, long row,
                                                        int rows, int columns) {
   for (int i = threadIdx.x; i < SIDE*SIDE/4; i += SIDE_THREADS) {
     int r = i % 8 + i / (2*SIDE) * 8, c = i / 8 % (SIDE/4) * 4;
     Real4 v = load4(x + r*row + c, r < rows ? columns - c : 0);
-    UNROLL for (int j = 0; j < 4; j++) tile[(c + j)*ROW + r] = v.at[j];
+    UNROLL for (int j = 0; j < 4; j++) tile[at(c + j, r)] = v.at[j];
   }
 }
 
@@ -494,22 +500,22 @@ static __device__ __forceinline__ void load_transposed(real *tile, const real *x
 static __device__ __forceinline__ void store_tile(real *tile, real (*part)[4]) {
   UNROLL for (int j = 0; j < 4; j++)
     UNROLL for (int i = 0; i < 8; i += 4)
-      *(Real4 *)(tile + COLUMN_OF(j)*ROW + ROW_OF(i)) =
+      *(Real4 *)(tile + at(COLUMN_OF(j), ROW_OF(i))) =
           Real4{{part[i][j], part[i + 1][j], part[i + 2][j], part[i + 3][j]}};
 }
 
-// sum[row][column] += sum over k < depth of x[k][row] y[k][column]
+// sum[row][column] += sum over k < depth of x[k][row] y[k][column], four k at a time: the tiles are 0
+// from depth on
 static __device__ __forceinline__ void multiply_tiles(real (*sum)[4], const real *x, const real *y,
                                                       int depth) {
-  UNROLL_4 for (int k = 0; k < depth; k++) {
-    Real4 x0 = *(const Real4 *)(x + k*ROW + ROW_OF(0));
-    Real4 x1 = *(const Real4 *)(x + k*ROW + ROW_OF(4));
-    Real4 y0 = *(const Real4 *)(y + k*ROW + COLUMN_OF(0));
-    UNROLL for (int i = 0; i < 4; i++)
-      UNROLL for (int j = 0; j < 4; j++) {
-        sum[i][j] += x0.at[i] * y0.at[j];
-        sum[i + 4][j] += x1.at[i] * y0.at[j];
-      }
+  for (int k = 0; k < depth; k += 4) {
+    const real *x0 = x + at(k, ROW_OF(0)), *x4 = x + at(k, ROW_OF(4)), *y0 = y + at(k, COLUMN_OF(0));
+    UNROLL for (int l = 0; l < 4; l++) {
+      Real4 a[2] = {*(const Real4 *)(x0 + l*SIDE), *(const Real4 *)(x4 + l*SIDE)};
+      Real4 b = *(const Real4 *)(y0 + l*SIDE);
+      UNROLL for (int i = 0; i < 8; i++)
+        UNROLL for (int j = 0; j < 4; j++) sum[i][j] += a[i / 4].at[i % 4] * b.at[j];
+    }
   }
 }
 
@@ -551,7 +557,7 @@ static __device__ __forceinline__ void store_rows(real *x, long row, int rows, i
 
 static __global__ void __launch_bounds__(SIDE_THREADS)
 attention_forward_kernel(real *out, real *lse, const real *qkv, int T, int C, int H) {
-  __shared__ __align__(16) real x_tile[SIDE*ROW], y_tile[SIDE*ROW];
+  __shared__ __align__(16) real x_tile[SIDE*SIDE], y_tile[SIDE*SIDE];
   int D = C / H, b = blockIdx.x / H, h = blockIdx.x % H, d0 = blockIdx.z * SIDE;
   int i = (gridDim.y - 1 - blockIdx.y) * SIDE;   // the last have the most work: they start first
   long row = 3L*C;
@@ -619,7 +625,7 @@ static __global__ void attention_backward_dot(real *dout_dot_out, const real *ou
 static __global__ void __launch_bounds__(SIDE_THREADS, 2)
 attention_backward_q(real *dqkv, const real *qkv, const real *dout, const real *lse,
                      const real *dout_dot_out, int T, int C, int H) {
-  __shared__ __align__(16) real x_tile[SIDE*ROW], y_tile[SIDE*ROW];
+  __shared__ __align__(16) real x_tile[SIDE*SIDE], y_tile[SIDE*SIDE];
   int D = C / H, b = blockIdx.x / H, h = blockIdx.x % H, d0 = blockIdx.z * SIDE;
   int i = (gridDim.y - 1 - blockIdx.y) * SIDE;
   long row = 3L*C, head = b*T*row + h*D, first = (long)blockIdx.x * T;   // of lse, dout_dot_out
@@ -650,7 +656,7 @@ attention_backward_q(real *dqkv, const real *qkv, const real *dout, const real *
 static __global__ void __launch_bounds__(SIDE_THREADS, 2)
 attention_backward_kv(real *dqkv, const real *qkv, const real *dout, const real *lse,
                       const real *dout_dot_out, int T, int C, int H) {
-  __shared__ __align__(16) real x_tile[SIDE*ROW], y_tile[SIDE*ROW];
+  __shared__ __align__(16) real x_tile[SIDE*SIDE], y_tile[SIDE*SIDE];
   int D = C / H, b = blockIdx.x / H, h = blockIdx.x % H, d0 = blockIdx.z * SIDE;
   int j = blockIdx.y * SIDE;
   long row = 3L*C, head = b*T*row + h*D, first = (long)blockIdx.x * T;
@@ -734,6 +740,7 @@ enum {
   DEPTH = 8,                             // numbers of k in a step
   DEEP = sizeof(real) == sizeof(float) ? BIG : 8,   // the same for tensor cores, which multiply a
                                          //   step in less time
+  PAD = 4,
   MAX_FOURS = 2                          // Real4 that a thread copies of each operand in a step
 };
 
