@@ -37,11 +37,13 @@
 #ifdef __CUDACC__
 #pragma nv_diag_suppress 177             // functions of train.c that this program does not call
 #define UNROLL _Pragma("unroll")         // for arrays in registers, which cannot be indexed
-#define UNROLL_4 _Pragma("unroll 4")
-#define PTX(...) asm volatile(__VA_ARGS__)
+#if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 800
+#define PTX(s, x, y, ...) asm volatile(__VA_ARGS__)
+#else
+#define PTX(s, x, y, ...) __trap()   // never reached: device_start() refuses bf16
+#endif
 #else
 #define UNROLL
-#define UNROLL_4
 #endif
 #include "train.c"
 
@@ -55,7 +57,7 @@ enum { THREADS = 32*WARPS };
 
 static cudaStream_t stream;              // all work, in the order in which it was launched
 static int multiprocessors, compute_capability;
-static int use_tf32;                     // --precision tf32, see section 6
+static int use_bf16;                     // --precision bf16, see section 6
 static real *scratch;                    // partial sums, never kept from one function to the next
 static long n_scratch;                   // numbers in it
 
@@ -468,9 +470,9 @@ enum {
 #define COLUMN_OF(j) (TX*4 + (j))
 
 // Where tile[r][c] is. If each row simply followed the one before, the numbers of a column would
-// all be in one bank, and a warp that stores a column would take 32 turns. So the groups of eight of
-// a row are exchanged, in another way in each four rows ("swizzled"); a group of four still is 16
-// aligned bytes:
+// all be in one bank, and a warp that stores a column would take 32 turns. So the groups of eight
+// of a row are exchanged, in another way in each four rows ("swizzled"); a group of four still is
+// 16 aligned bytes:
 //
 //   rows 0..3  have groups 0 1 2 3 ...      rows  8..11  have groups 2 3 0 1 ...
 //   rows 4..7              1 0 3 2 ...      rows 12..15              3 2 1 0 ..., then as at first
@@ -504,12 +506,13 @@ static __device__ __forceinline__ void store_tile(real *tile, real (*part)[4]) {
           Real4{{part[i][j], part[i + 1][j], part[i + 2][j], part[i + 3][j]}};
 }
 
-// sum[row][column] += sum over k < depth of x[k][row] y[k][column], four k at a time: the tiles are 0
-// from depth on
+// sum[row][column] += sum over k < depth of x[k][row] y[k][column], four k at a time: the tiles are
+// 0 from depth on
 static __device__ __forceinline__ void multiply_tiles(real (*sum)[4], const real *x, const real *y,
                                                       int depth) {
   for (int k = 0; k < depth; k += 4) {
-    const real *x0 = x + at(k, ROW_OF(0)), *x4 = x + at(k, ROW_OF(4)), *y0 = y + at(k, COLUMN_OF(0));
+    const real *x0 = x + at(k, ROW_OF(0)), *x4 = x + at(k, ROW_OF(4));
+    const real *y0 = y + at(k, COLUMN_OF(0));
     UNROLL for (int l = 0; l < 4; l++) {
       Real4 a[2] = {*(const Real4 *)(x0 + l*SIDE), *(const Real4 *)(x4 + l*SIDE)};
       Real4 b = *(const Real4 *)(y0 + l*SIDE);
@@ -704,162 +707,7 @@ typedef struct {                         // C = A B + bias, or C += A B
   const real *bias;
 } Product;
 
-// First the kernel that the others replace: a thread computes one element of C.
-static __global__ void matmul_plain(Product p) {
-  long i = blockIdx.x, j = (long)blockIdx.y * THREADS + threadIdx.x;
-  if (j >= p.N) return;
-  real sum = 0, *y = p.c.at + i*p.c.down + j;
-  for (long k = 0; k < p.K; k++)
-    sum += p.a.at[i*p.a.down + k*p.a.right] * p.b.at[k*p.b.down + j*p.b.right];
-  *y = sum + (p.mode == ADD ? *y : p.bias ? p.bias[j] : 0);
-}
-
-// It loads two numbers from device memory for each multiply-add. Four steps lead from there to the
-// fast kernel:
-//   1. A CUDA block computes a tile of C, 128 x 128. It goes along K in steps of a few k: together
-//      its threads copy that much of A's rows and of B's columns to shared memory. So a number from
-//      device memory is used in 128 multiply-adds.
-//   2. A warp computes 32 x 64 of the tile, and a thread 8 x 8 of that, in registers: from shared
-//      memory it loads 8 + 8 numbers, in four loads of 16 bytes, for 64 multiply-adds.
-//   3. Double buffering: while a step is multiplied, the numbers of the next are on their way from
-//      device memory to registers. They then go to a second pair of buffers, so that one barrier a
-//      step is enough.
-//   4. Split-K: a small C has too few tiles for all multiprocessors. Then tiles are 64 x 64, or K
-//      is cut into slices, whose sums go to scratch and are added in order.
-// On tensor cores (tf32) step 2 differs: a warp multiplies 16 x 8 x 8 in one instruction.
-//
-// The lanes of a warp stand in 4 rows of 8; lane 9, for example, has these rows and columns of the
-// warp's 32 x 64:
-//   rows     4..7 and 20..23     lane / 8 * 4 + 0..3, and 16 more
-//   columns  4..7 and 36..39     lane % 8 * 4 + 0..3, and 32 more
-// So the 32 lanes load 4 or 8 different Real4, each in different banks, and lanes with the same
-// address are served at once.
-enum {
-  BIG = WARPS == 8 ? 16 : 8,             // side: a tile has 8*side rows and columns, its CUDA block
-                                         //   side*side threads
-  DEPTH = 8,                             // numbers of k in a step
-  DEEP = sizeof(real) == sizeof(float) ? BIG : 8,   // the same for tensor cores, which multiply a
-                                         //   step in less time
-  PAD = 4,
-  MAX_FOURS = 2                          // Real4 that a thread copies of each operand in a step
-};
-
-// A tensor core sees a float as tf32: 8 bits of exponent, 10 of fraction. We round to nearest,
-// since the hardware would cut off the other bits, always towards zero.
-static __device__ __forceinline__ real round_tf32(real x) {
-  unsigned bits = (__float_as_uint((float)x) + 0x1000) & ~0x1fffu;
-  return x != x ? x : (real)__uint_as_float(bits);
-}
-
-// C += A B by a whole warp, C (16,8), A (16,8), B (8,8). With g = lane / 4 and t = lane % 4, a lane
-// holds a = A[g][t], A[g+8][t], A[g][t+4], A[g+8][t+4]; b = B[t][g], B[t+4][g]; and of C
-// c = C[g][2t], C[g][2t+1], C[g+8][2t], C[g+8][2t+1].
-static __device__ __forceinline__ void mma_tf32(real *c, const real *a, const real *b) {
-#if defined EMULATED || (defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 800)
-  float s[4] = {(float)c[0], (float)c[1], (float)c[2], (float)c[3]};
-  unsigned x[4], y[2];
-  UNROLL for (int i = 0; i < 4; i++) x[i] = __float_as_uint((float)a[i]);
-  UNROLL for (int i = 0; i < 2; i++) y[i] = __float_as_uint((float)b[i]);
-  PTX("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "   // the emulator reads this text, too
-      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(s[0]), "+f"(s[1]), "+f"(s[2]), "+f"(s[3])
-      : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(y[0]), "r"(y[1]));
-  UNROLL for (int i = 0; i < 4; i++) c[i] = s[i];
-#else
-  (void)c; (void)a; (void)b;
-#ifdef __CUDA_ARCH__
-  __trap();                              // never reached: device_start() has refused tf32
-#endif
-#endif
-}
-
-// Copying the numbers of one step of an operand: a line is a row of A or a column of B. This
-// thread's Real4 number l begins at (line, k). Consecutive threads run along k, then to the next
-// line, if k is what is consecutive in memory; else along the lines, then to the next k.
-static __device__ __forceinline__ void place_of(int l, int side, int depth, long right,
-                                                int *line, int *k) {
-  int number = threadIdx.x + l*side*side;
-  if (right == 1) {
-    *line = number / (depth / 4);
-    *k = number % (depth / 4) * 4;
-  } else {
-    *line = number % (2*side) * 4;
-    *k = number / (2*side);
-  }
-}
-
-// From device memory to registers. A tile has 8*side lines of `depth` numbers, so each of the
-// side*side threads copies 2*depth/side Real4; the loop ends at this l.
-static __device__ __forceinline__ void fetch(Real4 *four, int side, int depth, Matrix m, int lines,
-                                             int K, int line0, int k0) {
-  UNROLL for (int l = 0; l < MAX_FOURS; l++) {
-    int line, k;
-    if (l*side == 2*depth) break;
-    place_of(l, side, depth, m.right, &line, &k);
-    line += line0; k += k0;
-    const real *x = m.at + line*m.down + k*m.right;
-    if (m.right == 1) four[l] = load4(x, line < lines ? K - k : 0);
-    else four[l] = load4(x, k < K ? lines - line : 0);
-  }
-}
-
-// From registers to shared memory, as tile[k][line] whatever the strides of the operand are: so
-// transposing costs nothing more. In tf32 numbers are rounded here, once for all who read them.
-static __device__ __forceinline__ void put(real *tile, const Real4 *four, int side, int depth,
-                                           long right, int tf32) {
-  int row = 8*side + PAD;
-  UNROLL for (int l = 0; l < MAX_FOURS; l++) {
-    int line, k;
-    if (l*side == 2*depth) break;
-    place_of(l, side, depth, right, &line, &k);
-    Real4 v = four[l];
-    UNROLL for (int j = 0; j < 4; j++) v.at[j] = tf32 ? round_tf32(v.at[j]) : v.at[j];
-    if (right == 1)
-      UNROLL for (int j = 0; j < 4; j++) tile[(k + j)*row + line] = v.at[j];
-    else *(Real4 *)(tile + k*row + line) = v;
-  }
-}
-
-// The products of a step, for this thread's 8 x 8 of C.
-static __device__ __forceinline__ void multiply_fp32(real (*sum)[8], const real *a, const real *b,
-                                                int row, int depth) {
-  a += threadIdx.x % 32 / 8 * 4;
-  b += threadIdx.x % 8 * 4;
-  UNROLL for (int k = 0; k < depth; k++) {
-    Real4 x[2] = {*(const Real4 *)(a + k*row), *(const Real4 *)(a + k*row + 16)};
-    Real4 y[2] = {*(const Real4 *)(b + k*row), *(const Real4 *)(b + k*row + 32)};
-    UNROLL for (int i = 0; i < 8; i++)
-      UNROLL for (int j = 0; j < 8; j++) sum[i][j] += x[i / 4].at[i % 4] * y[j / 4].at[j % 4];
-  }
-}
-
-// The same on tensor cores: the warp's 32 x 64 as 2 x 8 tiles of 16 x 8, of which a lane holds 4
-// numbers each. Where mma_tf32 wants k = t and t + 4 of a lane, it gets 2t and 2t + 1. The same
-// order in A and in B leaves every sum as it was:
-//
-//   mma's k          0 1 2 3 4 5 6 7
-//   lane with t      0 1 2 3 0 1 2 3
-//   k of the tile    0 2 4 6 1 3 5 7
-//
-// The reason is banks: a row of the tile is 4 numbers longer than a multiple of 32, so rows 2t
-// begin in banks 0, 8, 16, 24, and the 8 lanes with this t use the 8 banks from there: no two lanes
-// use the same.
-static __device__ __forceinline__ void multiply_tf32(real (*sum)[8], const real *a, const real *b,
-                                                     int row, int depth) {
-  int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  UNROLL for (int k = 0; k < depth; k += 8) {
-    const real *a0 = a + (k + 2*t)*row + g, *a1 = a0 + row;
-    const real *b0 = b + (k + 2*t)*row + g, *b1 = b0 + row;
-    real x[2][4] = {{a0[0], a0[8], a1[0], a1[8]}, {a0[16], a0[24], a1[16], a1[24]}};
-    UNROLL for (int j = 0; j < 8; j++) {
-      real y[2] = {b0[8*j], b1[8*j]};
-      mma_tf32(sum[j], x[0], y);
-      mma_tf32(sum[j] + 4, x[1], y);
-    }
-  }
-}
-
-// c[i, j..j+n-1] = sum + bias, or += sum. n is 2 or 4; what is outside of C is left out.
+// c[i, j..j+n-1] = sum + bias, or += sum. n is 1, 2 or 4; what is outside of C is left out.
 static __device__ __forceinline__ void store_c(const Product *p, int i, int j, const real *sum,
                                                int n) {
   real *c = p->c.at + blockIdx.z*p->c_slice + i*p->c.down + j;
@@ -875,54 +723,318 @@ static __device__ __forceinline__ void store_c(const Product *p, int i, int j, c
         c[e] = sum[e] + (p->mode == ADD ? c[e] : p->bias ? p->bias[j + e] : 0);
 }
 
-// A CUDA block's tile of C. side, depth and tf32 are constants, so each kernel below is this
-// function with its loops unrolled and one of the two ways to multiply.
-static __device__ __forceinline__ void matmul_tile(const int side, const int depth, const int tf32,
-                                                   const Product *p, real *shared) {
-  const int tile = 8*side, row = tile + PAD;
-  real *a = shared, *b = shared + 2*depth*row, sum[8][8] = {{0}};
-  Real4 a_next[MAX_FOURS], b_next[MAX_FOURS];
-  int i = blockIdx.y * tile, j = blockIdx.x * tile, warp = threadIdx.x / 32;
-  int warp_i = warp / (side / 8) * 32, warp_j = warp % (side / 8) * 64;
-  int begin = blockIdx.z * p->slice, end = MIN(p->K, begin + p->slice), now = 0;
-  Matrix b_lines = transpose(p->b);      // whose rows are the columns of B
-  fetch(a_next, side, depth, p->a, p->M, end, i, begin);
-  fetch(b_next, side, depth, b_lines, p->N, end, j, begin);
-  for (int k = begin; k < end; k += depth, now = !now) {
-    real *a_now = a + now*depth*row, *b_now = b + now*depth*row;
-    put(a_now, a_next, side, depth, p->a.right, tf32);      // these buffers were last read two
-    put(b_now, b_next, side, depth, b_lines.right, tf32);   // steps ago, before the last barrier
-    __syncthreads();                     // this step's numbers have been written
-    if (k + depth < end) {
-      fetch(a_next, side, depth, p->a, p->M, end, i, k + depth);
-      fetch(b_next, side, depth, b_lines, p->N, end, j, k + depth);
+// A ladder of four kernels, each the one before and an idea. The third one trains, or the fourth
+// with --precision bf16. RUNG=1 in the environment selects another one: compare the rows of
+// `RUNG=1 ./train_gpu --profile`, and those of RUNG=2 and 3.
+//
+// Rung 1: a thread computes one element of C. The lanes of a warp have neighbouring columns, so
+// where B's rows are consecutive their loads are coalesced, and A's number is the same for all. But
+// there are two loads from device memory, or its caches, for each multiply-add: they are the limit.
+static int rung = PLAIN ? 1 : 3;
+
+static __global__ void matmul_plain(Product p) {
+  int i = blockIdx.x, j = blockIdx.y * THREADS + threadIdx.x;
+  real sum = 0;
+  for (long k = 0; k < p.K && j < p.N; k++)
+    sum += p.a.at[i*p.a.down + k*p.a.right] * p.b.at[k*p.b.down + j*p.b.right];
+  store_c(&p, i, j, &sum, 1);
+}
+
+// Rung 2, shared memory: a CUDA block computes a square of C, 16 x 16, a thread one element. It goes
+// along K in steps: in each, the threads copy a square of A and one of B to shared memory, where 16
+// threads use each number. Device memory is no longer the limit, but shared memory is: two loads for
+// each multiply-add, where a multiprocessor can do four multiply-adds in the time of a load.
+enum { BIG = WARPS == 8 ? 16 : 8 };      // BIG*BIG == THREADS
+
+static __global__ void matmul_shared(Product p) {
+  __shared__ real a[BIG][BIG + 1], b[BIG][BIG + 1];   // + 1: see "banks" below
+  int x = threadIdx.x % BIG, y = threadIdx.x / BIG;
+  int i = blockIdx.y * BIG + y, j = blockIdx.x * BIG + x;
+  real sum = 0;
+  for (long k = 0; k < p.K; k += BIG) {
+    a[y][x] = i < p.M && k + x < p.K ? p.a.at[i*p.a.down + (k + x)*p.a.right] : 0;
+    b[y][x] = j < p.N && k + y < p.K ? p.b.at[(k + y)*p.b.down + j*p.b.right] : 0;
+    __syncthreads();                     // the squares have been written
+    for (int l = 0; l < BIG; l++) sum += a[y][l] * b[l][x];
+    __syncthreads();                     // the squares have been read
+  }
+  store_c(&p, i, j, &sum, 1);
+}
+
+// Rung 3, registers: a thread computes 8 x 8 elements, which stay in registers. For each k it loads
+// 8 + 8 numbers from shared memory, in four loads of 16 bytes, for 64 multiply-adds. Around that:
+//   - A CUDA block of 256 threads computes 128 x 128 of C, a warp 32 x 64 of that.
+//   - Double buffering: while a step is multiplied, the numbers of the next are on their way from
+//     device memory to registers. They then go to a second pair of buffers, so that one barrier a
+//     step is enough.
+//   - Split-K: a small C has too few tiles for all multiprocessors. Then tiles are 64 x 64, or K is
+//     cut into slices, whose sums go to scratch and are added in order.
+// What limits it are the multiply-adds themselves, 512 of 580 instructions of a step (`make sass`).
+//
+// Which lane has which rows and columns of a warp's 32 x 64:
+//
+//   columns        0..3   4..7   8..11  ...  28..31   32..35  ...  60..63
+//   rows  0..3     0      2      4           14       0            14
+//   rows  4..7     1      3      5           15       1            15
+//   rows  8..11    16     18     20          30       16           30
+//   rows 12..15    17     19     21          31       17           31
+//   rows 16..31    the same once more
+//
+// So the 32 lanes load 4 different Real4 of A and 8 of B. Lanes with the same address are served at
+// once if they are neighbours, or both even or both odd, in one half of the warp; hence this order.
+//
+// Rung 4, tensor cores: a warp multiplies 16 x 16 by 16 x 8 numbers in one instruction. They are
+// bf16, the upper half of a float, 8 bits of exponent and 7 of fraction; their sums are floats.
+// Weights, activations and gradients stay floats in memory, and are rounded on the way to shared
+// memory. For that they go through registers as on rung 3: cp.async copies from device to shared
+// memory without them, but it cannot convert. What limits it: a tile of 128 x 128 does 32 floating-
+// point operations for each byte of A and B that the L2 cache delivers, so the L2 of an A100 (about
+// 5 TB/s) feeds 160 of its 312 TFLOP/s. From there on Hopper has instructions of its own: TMA, by
+// which one thread fetches a whole tile, and wgmma, by which four warps multiply straight from
+// shared memory; mma.sync reaches 65 % of that GPU's peak at most. Both would need operands that are
+// bf16 in memory.
+enum {
+  LONGEST = 32,                          // numbers of k in a step of tensor cores; in fp32 there are
+                                         //   8, which take as long to multiply
+  PAD = 4,                               // numbers between two rows of a tile, see put()
+  MAX_FOURS = 8                          // Real4 that a thread copies of each operand in a step
+};
+
+// How a thread reads its part of an operand. A line is a row of A or a column of B. A tile has
+// 8*side lines, side*side threads read it, 2*depth/side Real4 each in a step. If `along` is true,
+// the numbers of a line are consecutive in memory, and consecutive threads read along k, then the
+// next line; else those of a k are, and they read along the lines, then the next k.
+typedef struct {
+  const real *x;                         // this thread's first number of the step
+  long next, apart;                      // from step to step; from Real4 to Real4 in a step
+  int line, k, lines, whole;             // of x in the tile; how many lines exist, of this one on;
+} Reader;                                //   do all of the tile, and are they aligned?
+
+static __device__ __forceinline__ Reader reader_of(Matrix m, int line0, int lines, int k0,
+                                                   int side, int depth, int along) {
+  Reader r;
+  int t = threadIdx.x;
+  r.line = along ? t / (depth/4) : t % (2*side) * 4;
+  r.k = along ? t % (depth/4) * 4 : t / (2*side);
+  r.x = m.at + (line0 + r.line)*m.down + (k0 + r.k)*m.right;
+  r.next = depth*m.right;
+  r.apart = along ? 4*side*side/depth * m.down : side/2 * m.right;
+  r.lines = lines - line0 - r.line;
+  r.whole = lines - line0 >= 8*side && (uintptr_t)m.at % 16 == 0
+         && (along ? m.down : m.right) % 4 == 0;
+  return r;
+}
+
+// From device memory to registers; `left` numbers of k are left. The first way is fast; the second
+// one is for the edges.
+static __device__ __forceinline__ void fetch(Real4 *four, Reader *r, int left, int side, int depth,
+                                             int along) {
+  if (r->whole && left >= depth) {
+    UNROLL for (int l = 0; l < 2*depth/side; l++) four[l] = *(const Real4 *)(r->x + l*r->apart);
+  } else {
+    UNROLL for (int l = 0; l < 2*depth/side; l++)
+      UNROLL for (int j = 0; j < 4; j++)
+        four[l].at[j] = (along ? l*(4*side*side/depth) < r->lines && j < left - r->k
+                               : j < r->lines && l*(side/2) < left - r->k)
+                      ? r->x[l*r->apart + j] : 0;
+  }
+  r->x += r->next;
+}
+
+// The products of some k, for this thread's 8 x 8 of C. A tile is [k][line] whatever the strides of
+// the operand are, so transposing costs nothing more.
+static __device__ __forceinline__ void multiply_fp32(real (*sum)[8], const real *a, const real *b,
+                                                     int k0, int k1, int side) {
+  const int lane = threadIdx.x % 32, row = 8*side + PAD;
+  a += (lane/16*2 + lane%2) * 4;
+  b += lane%16/2 * 4;
+  UNROLL for (int k = k0; k < k1; k++) {
+    Real4 x[2] = {*(const Real4 *)(a + k*row), *(const Real4 *)(a + k*row + 16)};
+    Real4 y[2] = {*(const Real4 *)(b + k*row), *(const Real4 *)(b + k*row + 32)};
+    UNROLL for (int i = 0; i < 8; i++)
+      UNROLL for (int j = 0; j < 8; j++) sum[i][j] += x[i / 4].at[i % 4] * y[j / 4].at[j % 4];
+  }
+}
+
+// Three instructions that C++ has no name for. PTX is the assembly language of NVIDIA GPUs. s, x
+// and y are the arrays of the operands; the emulator gets them, and reads the text, too.
+
+// Two bf16 in a word, rounded to nearest, and to even if both are as near
+static __device__ __forceinline__ unsigned bf16_pair(real low, real high) {
+  float s[2] = {(float)low, (float)high};
+  unsigned x[1] = {0};
+  PTX(s, x, NULL, "cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x[0]) : "f"(s[1]), "f"(s[0]));
+  return x[0];
+}
+
+// Four squares of 8 x 8 bf16 from shared memory. Lane l gives the address of row l % 8 of square
+// l / 8, 16 bytes; it gets in x[i] the numbers 2*(l % 4) and the next of row l / 4 of square i; or,
+// transposed, of column l / 4.
+static __device__ __forceinline__ void load_squares(unsigned *x, const void *row, int transposed) {
+  unsigned y[1] = {(unsigned)__cvta_generic_to_shared(row)};
+  if (transposed)
+    PTX(NULL, x, y, "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+        : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(y[0]));
+  else
+    PTX(NULL, x, y, "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+        : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(y[0]));
+}
+
+// C += A B by a whole warp, C (16,8), A (16,16), B (16,8). With g = lane / 4 and t = lane % 4, a
+// lane holds A[g][2t], A[g][2t+1] in x[0]; the same of row g + 8 in x[1]; of k = 2t + 8 and the next
+// in x[2] and x[3]; B[2t][g], B[2t+1][g] in y[0], of k = 2t + 8 and the next in y[1]; of C
+// c = C[g][2t], C[g][2t+1], C[g+8][2t], C[g+8][2t+1].
+static __device__ __forceinline__ void mma_bf16(real *c, const unsigned *x, const unsigned *y) {
+  float s[4] = {(float)c[0], (float)c[1], (float)c[2], (float)c[3]};
+  PTX(s, x, y, "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(s[0]), "+f"(s[1]), "+f"(s[2]), "+f"(s[3])
+      : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(y[0]), "r"(y[1]));
+  UNROLL for (int i = 0; i < 4; i++) c[i] = s[i];
+}
+
+// A tile of bf16 keeps the order of memory: its rows are lines if `along`, else k; load_squares()
+// transposes. 8 of its numbers, 16 bytes, are a chunk. 8 chunks fill the 32 banks once, and the 8
+// chunks that load_squares() reads together are below each other. So the chunks of a row are
+// exchanged, as in at() of attention: here those of 4 chunks a row (`along`, 32 numbers of k), where
+// two rows fill the banks:
+//
+//   banks          0..3 4..7 8..11 ...                  28..31
+//   rows 0 and 1   0    1    2    3    0    1    2    3
+//   rows 2 and 3   1    0    3    2    1    0    3    2       chunk 0 of rows 0..7: all 32 banks
+//   rows 4 and 5   2    3    0    1    2    3    0    1
+//   rows 6 and 7   3    2    1    0    3    2    1    0
+static __device__ __forceinline__ int bf16_at(int row, int column, int columns) {
+  const int chunks = columns / 8, most = MIN(chunks, 8);
+  return (row*chunks + (column/8 ^ row*most/8 % most)) * 8 + column % 8;
+}
+
+// 16 lines x 16 k of a tile, as an A of mma_bf16(), or as two B of 8 lines: the squares that are
+// second and third then change places
+static __device__ __forceinline__ void load_bf16(unsigned *x, const char *tile, int line, int k,
+                                                 int is_a, int side, int depth, int along) {
+  int lane = threadIdx.x % 32;
+  line += 8 * (is_a ? lane/8%2 : lane/16);
+  k += 8 * (is_a ? lane/16 : lane/8%2);
+  int at = along ? bf16_at(line + lane%8, k, depth) : bf16_at(k + lane%8, line, 8*side);
+  load_squares(x, tile + 2*at, !along);
+}
+
+// The products of some k, for the warp's 32 x 64 of C: 2 x 8 tiles of 16 x 8, of which a lane holds
+// 4 numbers each.
+static __device__ __forceinline__ void multiply_bf16(real (*sum)[8], const char *a, const char *b,
+                                                     int i, int j, int k0, int k1, int side,
+                                                     int depth, int a_along, int b_along) {
+  UNROLL for (int k = k0; k < k1; k += 16) {
+    unsigned x[2][4], y[4];
+    UNROLL for (int r = 0; r < 2; r++) load_bf16(x[r], a, i + 16*r, k, 1, side, depth, a_along);
+    UNROLL for (int e = 0; e < 8; e += 2) {
+      load_bf16(y, b, j + 8*e, k, 0, side, depth, b_along);
+      UNROLL for (int r = 0; r < 2; r++) {
+        mma_bf16(sum[e] + 4*r, x[r], y);
+        mma_bf16(sum[e + 1] + 4*r, x[r], y + 2);
+      }
     }
-    if (tf32) multiply_tf32(sum, a_now + warp_i, b_now + warp_j, row, depth);
-    else multiply_fp32(sum, a_now + warp_i, b_now + warp_j, row, depth);
+  }
+}
+
+typedef struct __align__(8) { unsigned at[2]; } FourBf16;
+
+// From registers to shared memory.
+//
+// Banks: shared memory has 32 banks of 4 bytes; number i of an array is in bank i % 32. Each bank
+// serves one address at a time, so lanes that want different numbers of one bank wait for each
+// other. A step of 8 k of A, where `along` is true: lane 0 stores k = 0..3 of line 0, lane 1 k = 4..7
+// of line 0, lane 2 k = 0..3 of line 1. First all store their first number:
+//
+//                line 0    line 1    line 2   ...   line 15
+//   k = 0, lane  0         2         4              30        banks  0  1  2 ... 15
+//   k = 4, lane  1         3         5              31        banks 16 17 18 ... 31
+//
+// The rows are 128 + PAD = 132 numbers apart, so row 4 begins in bank 4*132 % 32 = 16, and no two
+// lanes share a bank. Without PAD it would begin in bank 0, and each store would take twice as long.
+static __device__ __forceinline__ void put(char *tile, const Real4 *four, const Reader *r, int side,
+                                           int depth, int bf16, int along) {
+  const int row = 8*side + PAD;
+  real *t = (real *)tile;
+  UNROLL for (int l = 0; l < 2*depth/side; l++) {
+    int line = r->line + along * l * (4*side*side/depth), k = r->k + !along * l * (side/2);
+    const real *x = four[l].at;
+    if (bf16) {
+      int at = along ? bf16_at(line, k, depth) : bf16_at(k, line, 8*side);
+      *(FourBf16 *)(tile + 2*at) = FourBf16{{bf16_pair(x[0], x[1]), bf16_pair(x[2], x[3])}};
+    } else if (along) {
+      UNROLL for (int j = 0; j < 4; j++) t[(k + j)*row + line] = x[j];
+    } else *(Real4 *)(t + k*row + line) = four[l];
+  }
+}
+
+#define TILE_BYTES(side, depth, bf16) \
+  ((bf16) ? (depth)*8*(side)*2 : (depth)*(8*(side) + PAD)*(int)sizeof(real))
+
+// A CUDA block's tile of C. All arguments but the last two are constants, so each kernel below is
+// this function with its loops unrolled and its branches decided. In each half of a step one operand
+// of the next step is on its way, so that its numbers need few registers.
+static __device__ __forceinline__ void matmul_tile(const int side, const int depth, const int bf16,
+                                                   const int a_along, const int b_along,
+                                                   const Product *p, char *shared) {
+  const int bytes = TILE_BYTES(side, depth, bf16), row_of_warps = side / 8;
+  const int along[2] = {a_along, b_along};
+  int i = blockIdx.y * 8*side, j = blockIdx.x * 8*side, warp = threadIdx.x / 32;
+  int warp_i = warp / row_of_warps * 32, warp_j = warp % row_of_warps * 64;
+  int begin = blockIdx.z * p->slice, left = MIN(p->K - begin, p->slice);
+  Reader reader[2] = {reader_of(p->a, i, p->M, begin, side, depth, a_along),
+                      reader_of(transpose(p->b), j, p->N, begin, side, depth, b_along)};
+  Real4 next[MAX_FOURS];
+  real sum[8][8] = {{0}};
+  UNROLL for (int h = 0; h < 2; h++) {
+    fetch(next, &reader[h], left, side, depth, along[h]);
+    put(shared + h*bytes, next, &reader[h], side, depth, bf16, along[h]);
+  }
+  for (int now = 0; left > 0; left -= depth, now = !now) {
+    char *a = shared + 2*now*bytes, *b = a + bytes, *other = shared + 2*!now*bytes;
+    __syncthreads();                     // a, b have been written, the other buffers read
+    UNROLL for (int h = 0; h < 2; h++) {
+      int k = h*depth/2;
+      if (left > depth) fetch(next, &reader[h], left - depth, side, depth, along[h]);
+      if (bf16)
+        multiply_bf16(sum, a, b, warp_i, warp_j, k, k + depth/2, side, depth, a_along, b_along);
+      else
+        multiply_fp32(sum, (real *)a + warp_i, (real *)b + warp_j, k, k + depth/2, side);
+      if (left > depth) put(other + h*bytes, next, &reader[h], side, depth, bf16, along[h]);
+    }
   }
   int lane = threadIdx.x % 32;
   i += warp_i; j += warp_j;
   UNROLL for (int e = 0; e < 8; e++)
-    if (tf32) {                          // e: which of the 8 tiles side by side
+    if (bf16) {                          // e: which of the 8 tiles side by side
       UNROLL for (int r = 0; r < 4; r++)
-        store_c(p, i + 8*r + lane / 4, j + 8*e + lane % 4 * 2, &sum[e][2*r], 2);
+        store_c(p, i + 8*r + lane/4, j + 8*e + lane%4*2, &sum[e][2*r], 2);
     } else {                             // e: which of the 8 rows
-      store_c(p, i + lane / 8 * 4 + e / 4 * 16 + e % 4, j + lane % 8 * 4, sum[e], 4);
-      store_c(p, i + lane / 8 * 4 + e / 4 * 16 + e % 4, j + lane % 8 * 4 + 32, sum[e] + 4, 4);
+      int row = i + (lane/16*2 + lane%2)*4 + e/4*16 + e%4, column = j + lane%16/2*4;
+      store_c(p, row, column, sum[e], 4);
+      store_c(p, row, column + 32, sum[e] + 4, 4);
     }
 }
 
-// Here 65536 / 2 blocks / 256 threads = 128 registers, or 65536 / 6 / 64 = 168, a multiple of 8.
-#define MATMUL_KERNEL(name, side, depth, tf32)                                              \
-  static __global__ void __launch_bounds__((side)*(side), (side) == 16 ? 2 : 6)             \
-  name(Product p) {                                                                         \
-    __shared__ __align__(16) real shared[4*(depth)*(8*(side) + PAD)];                       \
-    matmul_tile(side, depth, tf32, &p, shared);                                             \
+// Occupancy: while a warp waits for memory or at a barrier, a multiprocessor runs another one, if
+// it has one. How many CUDA blocks fit on it at once depends on their threads, shared memory and
+// registers, of which it has 65536. The second launch bound asks the compiler for that many blocks:
+// 65536 / 2 blocks / 256 threads leave 128 registers a thread, 65536 / 6 / 64 leave 168.
+enum { BIG_AT_ONCE = 2, SMALL_AT_ONCE = 6, SMALL_BF16_AT_ONCE = 4 };
+#define MATMUL_KERNEL(name, side, depth, bf16, at_once)                                       \
+  static __global__ void __launch_bounds__((side)*(side), at_once) name(Product p) {          \
+    __shared__ __align__(16) char shared[4*TILE_BYTES(side, depth, bf16)];                    \
+    int a_along = p.a.right == 1, b_along = p.b.down == 1;                                    \
+    if (a_along && b_along) matmul_tile(side, depth, bf16, 1, 1, &p, shared);                 \
+    else if (a_along) matmul_tile(side, depth, bf16, 1, 0, &p, shared);                       \
+    else if (b_along) matmul_tile(side, depth, bf16, 0, 1, &p, shared);                       \
+    else matmul_tile(side, depth, bf16, 0, 0, &p, shared);                                    \
   }
-MATMUL_KERNEL(matmul_big, BIG, DEPTH, 0)
-MATMUL_KERNEL(matmul_small, 8, DEPTH, 0)
-MATMUL_KERNEL(matmul_big_tf32, BIG, DEEP, 1)
-MATMUL_KERNEL(matmul_small_tf32, 8, DEPTH, 1)
+MATMUL_KERNEL(matmul_big, BIG, 8, 0, BIG_AT_ONCE)
+MATMUL_KERNEL(matmul_small, 8, 8, 0, SMALL_AT_ONCE)
+MATMUL_KERNEL(matmul_big_bf16, BIG, LONGEST, 1, BIG_AT_ONCE)
+MATMUL_KERNEL(matmul_small_bf16, 8, LONGEST, 1, SMALL_BF16_AT_ONCE)
 
 // c[i,j] = sum over slices of part[slice][i][j] + (c[i,j] if mode is ADD, else bias[j] or 0): a
 // thread for each element
@@ -941,30 +1053,45 @@ static void add_slices(Matrix c, const real *part, int M, int N, int slices, int
       c, part, M, N, slices, mode, bias));
 }
 
-// How many slices? A multiprocessor runs two CUDA blocks of big tiles at once, or six of small ones
-// (four are enough to keep it busy); a slice should be at least 256 long, since its sums are
-// written and read again. Big tiles are used if they and their slices give each multiprocessor at
-// least one.
+// Waves: if `at_once` CUDA blocks fit on the GPU, a grid runs in waves of that many, and the last
+// wave takes as long as a full one. This is the number of slices, up to `most`, that leaves the
+// least of the waves empty; more slices must gain 5 %, since their sums are written and read again.
+static int slices_for(long tiles, long at_once, long most) {
+  int best = 1;
+  double fullest = 0;
+  for (int s = 1; s <= MAX(1, MIN(most, 16)); s++) {
+    double waves = (double)tiles * s / at_once, full = waves / ceil(waves);
+    if (full > 1.05 * fullest) fullest = full, best = s;
+  }
+  return best;
+}
+
+// A slice should be at least 256 long. Big tiles are used if they and their slices give each
+// multiprocessor at least one.
 static void matmul(Matrix c, Matrix a, Matrix b, int M, int N, int K, int mode, const real *bias) {
   Product p = {c, a, b, 0, M, N, K, K, mode, bias};
-  long big = (long)blocks(M, 8*BIG) * blocks(N, 8*BIG), small = big * (BIG/8)*(BIG/8);
+  long big = (long)blocks(M, 8*BIG) * blocks(N, 8*BIG), small = (long)blocks(M, 64) * blocks(N, 64);
   long most = MIN(K / 256, n_scratch / MAX((long)M*N, 1));
-  int slices = (int)MIN(most, (2*multiprocessors + big - 1) / big);
-  int is_big = big * MAX(slices, 1) >= multiprocessors, side = is_big ? BIG : 8;
-  if (!is_big) slices = (int)MIN(most, 4*multiprocessors / small);
-  if (PLAIN) slices = 1;
+  int slices = slices_for(big, BIG_AT_ONCE*multiprocessors, most);
+  int is_big = big * slices >= multiprocessors, side = is_big ? BIG : 8;
+  int small_at_once = use_bf16 ? SMALL_BF16_AT_ONCE : SMALL_AT_ONCE;
+  if (!is_big) slices = slices_for(small, small_at_once*multiprocessors, most);
+  if (rung < 3) slices = 1;
   if (slices > 1) {
     p.c = rows_of(scratch, N); p.c_slice = (long)M*N; p.mode = SET; p.bias = NULL;
-    p.slice = blocks(blocks(K, slices), DEEP) * DEEP;   // whole steps
+    p.slice = blocks(blocks(K, slices), LONGEST) * LONGEST;   // whole steps
     slices = blocks(K, p.slice);
-  } else slices = 1;
-  dim3 grid(blocks(N, 8*side), blocks(M, 8*side), slices), plain_grid(M, blocks(N, THREADS));
+  }
+  dim3 grid(blocks(N, 8*side), blocks(M, 8*side), slices);
+  if (rung == 1) grid = dim3(M, blocks(N, THREADS));
+  if (rung == 2) grid = dim3(blocks(N, BIG), blocks(M, BIG));
   if (grid.y > 65535)
     die("a matrix of %d rows is too large for a GPU's grid: lower --batch_size", M);
-  if (PLAIN) RUN(matmul_plain<<<plain_grid, THREADS, 0, stream>>>(p));
-  else if (is_big && use_tf32) RUN(matmul_big_tf32<<<grid, side*side, 0, stream>>>(p));
+  if (rung == 1) RUN(matmul_plain<<<grid, THREADS, 0, stream>>>(p));
+  else if (rung == 2) RUN(matmul_shared<<<grid, THREADS, 0, stream>>>(p));
+  else if (is_big && use_bf16) RUN(matmul_big_bf16<<<grid, side*side, 0, stream>>>(p));
   else if (is_big) RUN(matmul_big<<<grid, side*side, 0, stream>>>(p));
-  else if (use_tf32) RUN(matmul_small_tf32<<<grid, side*side, 0, stream>>>(p));
+  else if (use_bf16) RUN(matmul_small_bf16<<<grid, side*side, 0, stream>>>(p));
   else RUN(matmul_small<<<grid, side*side, 0, stream>>>(p));
   if (slices > 1) add_slices(c, scratch, M, N, slices, mode, bias);
   profile_flop(2.0 * M * N * K);
@@ -1057,15 +1184,18 @@ static const char *device_start(int threads, const char *precision) {
     die("this program has no code for %s (%s): make -B train_gpu ARCH=sm_%d%d", gpu.name,
         cudaGetErrorString(error), gpu.major, gpu.minor);
   multiprocessors = gpu.multiProcessorCount;
-  // The code counts, not only the GPU: compiled for an older one, it has no tensor cores.
+  // The code counts, not only the GPU: compiled for an older one, it has no bf16.
   compute_capability = MIN(10*gpu.major + gpu.minor, attributes.ptxVersion);
-  use_tf32 = strcmp(precision, "tf32") == 0;
-  if (!use_tf32 && strcmp(precision, "fp32"))
-    die("--precision %s: expected fp32 or tf32", precision);
-  if (use_tf32 && compute_capability < 80)
-    die("--precision tf32 needs compute capability 8.0; this GPU has %d.%d, and this program was "
+  use_bf16 = strcmp(precision, "bf16") == 0;
+  if (!use_bf16 && strcmp(precision, "fp32"))
+    die("--precision %s: expected fp32 or bf16", precision);
+  if (use_bf16 && compute_capability < 80)
+    die("--precision bf16 needs compute capability 8.0; this GPU has %d.%d, and this program was "
         "compiled for %d.%d: use fp32, or make -B train_gpu", gpu.major, gpu.minor,
         attributes.ptxVersion / 10, attributes.ptxVersion % 10);
+  if (getenv("RUNG")) rung = atoi(getenv("RUNG"));
+  if (rung < 1 || rung > 3 || (rung < 3 && use_bf16))
+    die("RUNG=%s: expected 1, 2 or 3, without --precision bf16, the fourth", getenv("RUNG"));
   if (stream) return name;               // a second call
   CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   for (int i = 0; i < SLOTS; i++) {
