@@ -1,6 +1,7 @@
 # make run      trains on the default text (two minutes), then writes a sample
 # make test     checks every gradient, and the programs: ends with `N passed, N failed`
 # make race     searches the CUDA kernels for races, with no GPU
+# make sass     what nvcc made of the CUDA kernels: registers, occupancy, instructions; with no GPU
 # make bench    how fast training and generating are here
 # make data/shakespeare.txt   fetches a text that everybody knows
 # make compare-optimizers     all seven on it, as a table and a plot
@@ -137,6 +138,11 @@ check-arm64:
 	@.ci/tally "qemu-aarch64 $(ARM)/test_gradients" "qemu-aarch64 $(ARM)/test_gradients_float" \
 	  "qemu-aarch64 $(ARM)/test_gradients_gpu"
 
+# What the kernels compile to, for each generation of GPUs. Needs nvcc, cuobjdump and python3.
+sass:
+	$(if $(NVCC),python3 .ci/sass.py $(NVCC) -std=c++17 -O3 -I$D,\
+	  @echo "make sass needs nvcc, from the CUDA toolkit, and there is none"; exit 1)
+
 # Plants bugs, one at a time, and sees whether the checker finds each.
 mutants:
 	@mkdir -p $B; echo "== train_gpu.cu test_gradients_race" >$B/barriers
@@ -195,4 +201,4 @@ clean:
 help:
 	@sed -n '1,/^$$/s/^# \(make .*\)/\1/p' Makefile
 
-.PHONY: all run test race no_cxx check-arm64 mutants fuzz compare-optimizers bench exercise clean help
+.PHONY: all run test race no_cxx check-arm64 sass mutants fuzz compare-optimizers bench exercise clean help

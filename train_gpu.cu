@@ -448,9 +448,9 @@ static void crossentropy_backward(Tensor loss, Tensor correct, Tensor row_lse, T
 //   rows                                   columns 4..7. The SIDE/4 threads of a row are neighbours
 //   0..3     t 0   t 1   ...  t 15         in a warp, so that shuffles add up a row. Its two groups
 //   4..7     t 16  t 17  ...  t 31         of rows are 32 apart: so the two TY of a warp read
-//   ...                                    neighbouring numbers of x, which lie in different banks
-//   32..35   t 0   t 1   ...  t 15         of shared memory. (There are 32 banks; each serves one
-//   36..39   t 16  t 17  ...  t 31         number of 4 bytes at a time.)
+//   ...                                   neighbouring numbers of x, from different banks; see
+//   32..35   t 0   t 1   ...  t 15         at() below.
+//   36..39   t 16  t 17  ...  t 31
 //
 // The forward pass is two such products for each tile of keys. Both operands are read along k, so q
 // and k are transposed on the way into shared memory, and so is the result of the first product:
@@ -469,13 +469,16 @@ enum {
 #define ROW_OF(i) (TY*4 + (i)%4 + (i)/4*(SIDE/2))   // of this thread's number [i][j]
 #define COLUMN_OF(j) (TX*4 + (j))
 
-// Where tile[r][c] is. If each row simply followed the one before, the numbers of a column would
-// all be in one bank, and a warp that stores a column would take 32 turns. So the groups of eight
-// of a row are exchanged, in another way in each four rows ("swizzled"); a group of four still is
-// 16 aligned bytes:
+// Where tile[r][c] is. Shared memory has 32 banks; number i of an array is in bank i % 32. A bank
+// serves one number at a time, so lanes that want different numbers of one bank wait for each
+// other. If each row simply followed the one before, a column would be in one bank. So the groups
+// of eight of a row are exchanged, in another way in each four rows ("swizzled"):
 //
-//   rows 0..3  have groups 0 1 2 3 ...      rows  8..11  have groups 2 3 0 1 ...
-//   rows 4..7              1 0 3 2 ...      rows 12..15              3 2 1 0 ..., then as at first
+//   banks         0..7  8..15  16..23  24..31
+//   rows 0..3     0     1      2       3         A warp of load_transposed() stores in rows 0, 4, 8
+//   rows 4..7     1     0      3       2         and 12 at once, 8 numbers in each, for example
+//   rows 8..11    2     3      0       1         group 0: in 32 different banks. A group of
+//   rows 12..15   3     2      1       0         four numbers still is 16 aligned bytes.
 static __device__ __forceinline__ int at(int r, int c) { return r*SIDE + (c ^ r/4 % 4 * 8); }
 
 // tile[r][c] = x[r*row + c]; 0 beyond `rows` and `columns`
@@ -558,7 +561,7 @@ static __device__ __forceinline__ void store_rows(real *x, long row, int rows, i
              Real4{{part[i][0], part[i][1], part[i][2], part[i][3]}});
 }
 
-static __global__ void __launch_bounds__(SIDE_THREADS)
+static __global__ void __launch_bounds__(SIDE_THREADS, 3)
 attention_forward_kernel(real *out, real *lse, const real *qkv, int T, int C, int H) {
   __shared__ __align__(16) real x_tile[SIDE*SIDE], y_tile[SIDE*SIDE];
   int D = C / H, b = blockIdx.x / H, h = blockIdx.x % H, d0 = blockIdx.z * SIDE;
@@ -622,9 +625,12 @@ static __global__ void attention_backward_dot(real *dout_dot_out, const real *ou
 
 // dq: a CUDA block owns SIDE queries and goes through the keys that they see. In C one loop adds
 // dq, dk and dv, since one thread owns the whole head; here dk and dv have a kernel of their own,
-// in which a block owns keys. The second launch bound is the number of CUDA blocks that must fit on
-// a multiprocessor at once: while one waits at a barrier, another computes. It limits the registers
-// of a thread.
+// in which a block owns keys.
+//
+// Occupancy: while a warp waits for memory or at a barrier, its multiprocessor runs another one.
+// How many CUDA blocks fit on it at once depends on their shared memory, threads and registers, of
+// which it has 65536. The second launch bound asks the compiler for so few registers that this
+// many fit.
 static __global__ void __launch_bounds__(SIDE_THREADS, 2)
 attention_backward_q(real *dqkv, const real *qkv, const real *dout, const real *lse,
                      const real *dout_dot_out, int T, int C, int H) {
@@ -723,13 +729,13 @@ static __device__ __forceinline__ void store_c(const Product *p, int i, int j, c
         c[e] = sum[e] + (p->mode == ADD ? c[e] : p->bias ? p->bias[j + e] : 0);
 }
 
-// A ladder of four kernels, each the one before and an idea. The third one trains, or the fourth
-// with --precision bf16. RUNG=1 in the environment selects another one: compare the rows of
-// `RUNG=1 ./train_gpu --profile`, and those of RUNG=2 and 3.
+// A ladder of four kernels, each the one before and an idea. The third trains, or the fourth with
+// --precision bf16. RUNG=1 in the environment selects the first: compare the rows of matmul in
+// `RUNG=1 ./train_gpu --profile` with those of RUNG=2 and 3.
 //
 // Rung 1: a thread computes one element of C. The lanes of a warp have neighbouring columns, so
-// where B's rows are consecutive their loads are coalesced, and A's number is the same for all. But
-// there are two loads from device memory, or its caches, for each multiply-add: they are the limit.
+// their loads of B are coalesced where a row of B is consecutive, and A's number is the same for
+// all. But each multiply-add waits for two loads from device memory or its caches.
 static int rung = PLAIN ? 1 : 3;
 
 static __global__ void matmul_plain(Product p) {
@@ -740,14 +746,14 @@ static __global__ void matmul_plain(Product p) {
   store_c(&p, i, j, &sum, 1);
 }
 
-// Rung 2, shared memory: a CUDA block computes a square of C, 16 x 16, a thread one element. It goes
-// along K in steps: in each, the threads copy a square of A and one of B to shared memory, where 16
-// threads use each number. Device memory is no longer the limit, but shared memory is: two loads for
-// each multiply-add, where a multiprocessor can do four multiply-adds in the time of a load.
+// Rung 2, shared memory: a CUDA block computes 16 x 16 of C, a thread one element. It goes along K
+// in steps: its threads copy 16 x 16 of A and of B to shared memory, where 16 threads use each
+// number. Now shared memory is the limit: each multiply-add needs two loads from it, and in the
+// time of these a multiprocessor could do eight. (Four on a T4.)
 enum { BIG = WARPS == 8 ? 16 : 8 };      // BIG*BIG == THREADS
 
 static __global__ void matmul_shared(Product p) {
-  __shared__ real a[BIG][BIG + 1], b[BIG][BIG + 1];   // + 1: see "banks" below
+  __shared__ real a[BIG][BIG], b[BIG][BIG];
   int x = threadIdx.x % BIG, y = threadIdx.x / BIG;
   int i = blockIdx.y * BIG + y, j = blockIdx.x * BIG + x;
   real sum = 0;
@@ -761,17 +767,17 @@ static __global__ void matmul_shared(Product p) {
   store_c(&p, i, j, &sum, 1);
 }
 
-// Rung 3, registers: a thread computes 8 x 8 elements, which stay in registers. For each k it loads
-// 8 + 8 numbers from shared memory, in four loads of 16 bytes, for 64 multiply-adds. Around that:
-//   - A CUDA block of 256 threads computes 128 x 128 of C, a warp 32 x 64 of that.
+// Rung 3, registers: a thread computes 8 x 8 elements, in registers. For each k it loads 8 + 8
+// numbers from shared memory, in four loads of 16 bytes, for 64 multiply-adds; these are now 512 of
+// the 580 instructions of a step, and are the limit. A CUDA block of 256 threads computes 128 x 128
+// of C, and a warp 32 x 64 of that. More ideas are in it:
 //   - Double buffering: while a step is multiplied, the numbers of the next are on their way from
 //     device memory to registers. They then go to a second pair of buffers, so that one barrier a
 //     step is enough.
 //   - Split-K: a small C has too few tiles for all multiprocessors. Then tiles are 64 x 64, or K is
 //     cut into slices, whose sums go to scratch and are added in order.
-// What limits it are the multiply-adds themselves, 512 of 580 instructions of a step (`make sass`).
-//
-// Which lane has which rows and columns of a warp's 32 x 64:
+//   - Lanes with the same address are served at once if they are neighbours, or two apart. So these
+//     are the lanes in a warp's 32 x 64, which load 4 different Real4 of A and 8 of B:
 //
 //   columns        0..3   4..7   8..11  ...  28..31   32..35  ...  60..63
 //   rows  0..3     0      2      4           14       0            14
@@ -780,30 +786,25 @@ static __global__ void matmul_shared(Product p) {
 //   rows 12..15    17     19     21          31       17           31
 //   rows 16..31    the same once more
 //
-// So the 32 lanes load 4 different Real4 of A and 8 of B. Lanes with the same address are served at
-// once if they are neighbours, or both even or both odd, in one half of the warp; hence this order.
-//
 // Rung 4, tensor cores: a warp multiplies 16 x 16 by 16 x 8 numbers in one instruction. They are
-// bf16, the upper half of a float, 8 bits of exponent and 7 of fraction; their sums are floats.
+// bf16, the upper half of a float: 8 bits of exponent, 7 of fraction. Their sums are floats.
 // Weights, activations and gradients stay floats in memory, and are rounded on the way to shared
-// memory. For that they go through registers as on rung 3: cp.async copies from device to shared
-// memory without them, but it cannot convert. What limits it: a tile of 128 x 128 does 32 floating-
-// point operations for each byte of A and B that the L2 cache delivers, so the L2 of an A100 (about
-// 5 TB/s) feeds 160 of its 312 TFLOP/s. From there on Hopper has instructions of its own: TMA, by
-// which one thread fetches a whole tile, and wgmma, by which four warps multiply straight from
-// shared memory; mma.sync reaches 65 % of that GPU's peak at most. Both would need operands that are
-// bf16 in memory.
+// memory. So they go through registers as on rung 3; cp.async, which copies to shared memory
+// without these, cannot round. The limit is the L2 cache: a tile of 128 x 128 does 32
+// floating-point operations for each byte that it reads, so 5 TB/s, about what an A100's gives,
+// feed 160 of its 312 TFLOP/s. The way on is operands in bf16 in memory; and, on Hopper alone,
+// TMA, by which one thread fetches a tile, and wgmma, by which four warps multiply straight from
+// shared memory: mma.sync reaches two thirds of that GPU's peak at most.
 enum {
-  LONGEST = 32,                          // numbers of k in a step of tensor cores; in fp32 there are
-                                         //   8, which take as long to multiply
+  LONGEST = 32,                          // numbers of k in a step of tensor cores; in fp32 8
   PAD = 4,                               // numbers between two rows of a tile, see put()
-  MAX_FOURS = 8                          // Real4 that a thread copies of each operand in a step
+  MAX_FOURS = 8                          // Real4 that a thread copies of an operand in a step
 };
 
 // How a thread reads its part of an operand. A line is a row of A or a column of B. A tile has
-// 8*side lines, side*side threads read it, 2*depth/side Real4 each in a step. If `along` is true,
-// the numbers of a line are consecutive in memory, and consecutive threads read along k, then the
-// next line; else those of a k are, and they read along the lines, then the next k.
+// 8*side lines, and side*side threads read it, 2*depth/side Real4 each in a step. `along`: are the
+// numbers of a line consecutive in memory? Then consecutive threads read along k, then the next
+// line; else they read along the lines, then the next k.
 typedef struct {
   const real *x;                         // this thread's first number of the step
   long next, apart;                      // from step to step; from Real4 to Real4 in a step
@@ -825,8 +826,7 @@ static __device__ __forceinline__ Reader reader_of(Matrix m, int line0, int line
   return r;
 }
 
-// From device memory to registers; `left` numbers of k are left. The first way is fast; the second
-// one is for the edges.
+// From device memory to registers; `left` numbers of k are left. The second way is for the edges.
 static __device__ __forceinline__ void fetch(Real4 *four, Reader *r, int left, int side, int depth,
                                              int along) {
   if (r->whole && left >= depth) {
@@ -856,7 +856,16 @@ static __device__ __forceinline__ void multiply_fp32(real (*sum)[8], const real 
   }
 }
 
-// Three instructions that C++ has no name for. PTX is the assembly language of NVIDIA GPUs. s, x
+// Where a number of a tile of bf16 is. The tile keeps the order of memory: its rows are lines if
+// `along`, else k. 8 numbers, 16 bytes, are a chunk, and 8 chunks fill the banks once. load_bf16()
+// reads chunks from 8 rows, one below the other. So they are swizzled: chunk c of row r is in place
+// c ^ r % 8, or c ^ r/2 % 4 where two rows of 4 chunks fill the banks.
+static __device__ __forceinline__ int bf16_at(int row, int column, int columns) {
+  const int chunks = columns / 8, most = MIN(chunks, 8);
+  return (row*chunks + (column/8 ^ row*most/8 % most)) * 8 + column % 8;
+}
+
+// Three instructions that C++ has no name for, in PTX, the assembly language of NVIDIA GPUs. s, x
 // and y are the arrays of the operands; the emulator gets them, and reads the text, too.
 
 // Two bf16 in a word, rounded to nearest, and to even if both are as near
@@ -867,23 +876,29 @@ static __device__ __forceinline__ unsigned bf16_pair(real low, real high) {
   return x[0];
 }
 
-// Four squares of 8 x 8 bf16 from shared memory. Lane l gives the address of row l % 8 of square
-// l / 8, 16 bytes; it gets in x[i] the numbers 2*(l % 4) and the next of row l / 4 of square i; or,
-// transposed, of column l / 4.
-static __device__ __forceinline__ void load_squares(unsigned *x, const void *row, int transposed) {
-  unsigned y[1] = {(unsigned)__cvta_generic_to_shared(row)};
-  if (transposed)
-    PTX(NULL, x, y, "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+// 16 lines x 16 k of a tile, as an A of mma_bf16(), or as two B, for which the second and the
+// third square change places. Squares are 8 x 8: lane l gives the address of row l % 8 of square l
+// / 8, and gets in x[i] two numbers of square i, those of row l / 4 and columns 2*(l % 4) and the
+// next; or, transposed, of column l / 4.
+static __device__ __forceinline__ void load_bf16(unsigned *x, const char *tile, int line, int k,
+                                                 int is_a, int side, int depth, int along) {
+  int lane = threadIdx.x % 32;
+  line += 8 * (is_a ? lane/8%2 : lane/16);
+  k += 8 * (is_a ? lane/16 : lane/8%2);
+  int at = along ? bf16_at(line + lane%8, k, depth) : bf16_at(k + lane%8, line, 8*side);
+  unsigned y[1] = {(unsigned)__cvta_generic_to_shared(tile + 2*at)};
+  if (along)
+    PTX(NULL, x, y, "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
         : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(y[0]));
   else
-    PTX(NULL, x, y, "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+    PTX(NULL, x, y, "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
         : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(y[0]));
 }
 
 // C += A B by a whole warp, C (16,8), A (16,16), B (16,8). With g = lane / 4 and t = lane % 4, a
-// lane holds A[g][2t], A[g][2t+1] in x[0]; the same of row g + 8 in x[1]; of k = 2t + 8 and the next
-// in x[2] and x[3]; B[2t][g], B[2t+1][g] in y[0], of k = 2t + 8 and the next in y[1]; of C
-// c = C[g][2t], C[g][2t+1], C[g+8][2t], C[g+8][2t+1].
+// lane holds A[g][2t] and A[g][2t+1] in x[0], the same of row g + 8 in x[1], and both of 8 more k
+// in x[2] and x[3]; B[2t][g] and B[2t+1][g] in y[0], of 8 more k in y[1]; and of C c = C[g][2t],
+// C[g][2t+1], C[g+8][2t], C[g+8][2t+1].
 static __device__ __forceinline__ void mma_bf16(real *c, const unsigned *x, const unsigned *y) {
   float s[4] = {(float)c[0], (float)c[1], (float)c[2], (float)c[3]};
   PTX(s, x, y, "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
@@ -893,35 +908,7 @@ static __device__ __forceinline__ void mma_bf16(real *c, const unsigned *x, cons
   UNROLL for (int i = 0; i < 4; i++) c[i] = s[i];
 }
 
-// A tile of bf16 keeps the order of memory: its rows are lines if `along`, else k; load_squares()
-// transposes. 8 of its numbers, 16 bytes, are a chunk. 8 chunks fill the 32 banks once, and the 8
-// chunks that load_squares() reads together are below each other. So the chunks of a row are
-// exchanged, as in at() of attention: here those of 4 chunks a row (`along`, 32 numbers of k), where
-// two rows fill the banks:
-//
-//   banks          0..3 4..7 8..11 ...                  28..31
-//   rows 0 and 1   0    1    2    3    0    1    2    3
-//   rows 2 and 3   1    0    3    2    1    0    3    2       chunk 0 of rows 0..7: all 32 banks
-//   rows 4 and 5   2    3    0    1    2    3    0    1
-//   rows 6 and 7   3    2    1    0    3    2    1    0
-static __device__ __forceinline__ int bf16_at(int row, int column, int columns) {
-  const int chunks = columns / 8, most = MIN(chunks, 8);
-  return (row*chunks + (column/8 ^ row*most/8 % most)) * 8 + column % 8;
-}
-
-// 16 lines x 16 k of a tile, as an A of mma_bf16(), or as two B of 8 lines: the squares that are
-// second and third then change places
-static __device__ __forceinline__ void load_bf16(unsigned *x, const char *tile, int line, int k,
-                                                 int is_a, int side, int depth, int along) {
-  int lane = threadIdx.x % 32;
-  line += 8 * (is_a ? lane/8%2 : lane/16);
-  k += 8 * (is_a ? lane/16 : lane/8%2);
-  int at = along ? bf16_at(line + lane%8, k, depth) : bf16_at(k + lane%8, line, 8*side);
-  load_squares(x, tile + 2*at, !along);
-}
-
-// The products of some k, for the warp's 32 x 64 of C: 2 x 8 tiles of 16 x 8, of which a lane holds
-// 4 numbers each.
+// The products of some k, for the warp's 32 x 64 of C: 2 x 8 results of mma_bf16()
 static __device__ __forceinline__ void multiply_bf16(real (*sum)[8], const char *a, const char *b,
                                                      int i, int j, int k0, int k1, int side,
                                                      int depth, int a_along, int b_along) {
@@ -940,19 +927,9 @@ static __device__ __forceinline__ void multiply_bf16(real (*sum)[8], const char 
 
 typedef struct __align__(8) { unsigned at[2]; } FourBf16;
 
-// From registers to shared memory.
-//
-// Banks: shared memory has 32 banks of 4 bytes; number i of an array is in bank i % 32. Each bank
-// serves one address at a time, so lanes that want different numbers of one bank wait for each
-// other. A step of 8 k of A, where `along` is true: lane 0 stores k = 0..3 of line 0, lane 1 k = 4..7
-// of line 0, lane 2 k = 0..3 of line 1. First all store their first number:
-//
-//                line 0    line 1    line 2   ...   line 15
-//   k = 0, lane  0         2         4              30        banks  0  1  2 ... 15
-//   k = 4, lane  1         3         5              31        banks 16 17 18 ... 31
-//
-// The rows are 128 + PAD = 132 numbers apart, so row 4 begins in bank 4*132 % 32 = 16, and no two
-// lanes share a bank. Without PAD it would begin in bank 0, and each store would take twice as long.
+// From registers to shared memory. In fp32 a warp stores one number each of 16 lines in rows k = 0
+// and 4, or 1 and 5, and so on. 4 * (128 + PAD) numbers are 16 banks from a multiple of 32: so
+// these 32 numbers are in different banks.
 static __device__ __forceinline__ void put(char *tile, const Real4 *four, const Reader *r, int side,
                                            int depth, int bf16, int along) {
   const int row = 8*side + PAD;
@@ -973,8 +950,8 @@ static __device__ __forceinline__ void put(char *tile, const Real4 *four, const 
   ((bf16) ? (depth)*8*(side)*2 : (depth)*(8*(side) + PAD)*(int)sizeof(real))
 
 // A CUDA block's tile of C. All arguments but the last two are constants, so each kernel below is
-// this function with its loops unrolled and its branches decided. In each half of a step one operand
-// of the next step is on its way, so that its numbers need few registers.
+// this function with its loops unrolled and its branches decided. One operand of the next step is
+// fetched in each half of a step, since the numbers of both need too many registers.
 static __device__ __forceinline__ void matmul_tile(const int side, const int depth, const int bf16,
                                                    const int a_along, const int b_along,
                                                    const Product *p, char *shared) {
@@ -1017,10 +994,8 @@ static __device__ __forceinline__ void matmul_tile(const int side, const int dep
     }
 }
 
-// Occupancy: while a warp waits for memory or at a barrier, a multiprocessor runs another one, if
-// it has one. How many CUDA blocks fit on it at once depends on their threads, shared memory and
-// registers, of which it has 65536. The second launch bound asks the compiler for that many blocks:
-// 65536 / 2 blocks / 256 threads leave 128 registers a thread, 65536 / 6 / 64 leave 168.
+// CUDA blocks that should fit on a multiprocessor. 65536 / 2 blocks / 256 threads leave 128
+// registers a thread, 65536 / 6 / 64 leave 168.
 enum { BIG_AT_ONCE = 2, SMALL_AT_ONCE = 6, SMALL_BF16_AT_ONCE = 4 };
 #define MATMUL_KERNEL(name, side, depth, bf16, at_once)                                       \
   static __global__ void __launch_bounds__((side)*(side), at_once) name(Product p) {          \
