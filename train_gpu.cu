@@ -481,12 +481,14 @@ enum {
 //   rows 12..15   3     2      1       0         four numbers still is 16 aligned bytes.
 static __device__ __forceinline__ int at(int r, int c) { return r*SIDE + (c ^ r/4 % 4 * 8); }
 
-// tile[r][c] = x[r*row + c]; 0 beyond `rows` and `columns`
+// tile[r][c] = x[r*row + c]; 0 beyond `rows` and `columns`. Four loads are on their way at once.
 static __device__ __forceinline__ void load_tile(real *tile, const real *x, long row, int rows,
                                                  int columns) {
-  for (int i = threadIdx.x; i < SIDE*SIDE/4; i += SIDE_THREADS) {
-    int r = i / (SIDE/4), c = i % (SIDE/4) * 4;
-    *(Real4 *)(tile + at(r, c)) = load4(x + r*row + c, r < rows ? columns - c : 0);
+  for (int r = TY, c = TX*4; r < SIDE; r += SIDE/2) {
+    Real4 v[4];
+    UNROLL for (int l = 0; l < 4; l++)
+      v[l] = load4(x + (r + l*SIDE/8)*row + c, r + l*SIDE/8 < rows ? columns - c : 0);
+    UNROLL for (int l = 0; l < 4; l++) *(Real4 *)(tile + at(r + l*SIDE/8, c)) = v[l];
   }
 }
 
@@ -494,11 +496,14 @@ static __device__ __forceinline__ void load_tile(real *tile, const real *x, long
 // row, and no two lanes store to the same bank.
 static __device__ __forceinline__ void load_transposed(real *tile, const real *x, long row,
                                                        int rows, int columns) {
-  for (int i = threadIdx.x; i < SIDE*SIDE/4; i += SIDE_THREADS) {
-    int r = i % 8 + i / (2*SIDE) * 8, c = i / 8 % (SIDE/4) * 4;
-    Real4 v = load4(x + r*row + c, r < rows ? columns - c : 0);
-    UNROLL for (int j = 0; j < 4; j++) tile[at(c + j, r)] = v.at[j];
-  }
+  for (int c = threadIdx.x / 8 * 4; c < SIDE; c += SIDE_THREADS/2)
+    for (int r = threadIdx.x % 8; r < SIDE; r += 32) {
+      Real4 v[4];
+      UNROLL for (int l = 0; l < 4; l++)
+        v[l] = load4(x + (r + 8*l)*row + c, r + 8*l < rows ? columns - c : 0);
+      UNROLL for (int l = 0; l < 4; l++)
+        UNROLL for (int j = 0; j < 4; j++) tile[at(c + j, r + 8*l)] = v[l].at[j];
+    }
 }
 
 // tile[column][row] = this thread's part of a result, which becomes the x of the next product
