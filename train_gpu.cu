@@ -722,16 +722,12 @@ typedef struct {                         // C = A B + bias, or C += A B
 static __device__ __forceinline__ void store_c(const Product *p, int i, int j, const real *sum,
                                                int n) {
   real *c = p->c.at + blockIdx.z*p->c_slice + i*p->c.down + j;
-  if (i >= p->M) return;
-  if (n == 4 && is_real4(c, p->N - j)) {
-    Real4 v = p->mode == ADD ? *(Real4 *)c : p->bias ? load4(p->bias + j, 4)
-                                                       : Real4{{0, 0, 0, 0}};
-    UNROLL for (int e = 0; e < 4; e++) v.at[e] += sum[e];
-    *(Real4 *)c = v;
-  } else
-    UNROLL for (int e = 0; e < 4; e++)
-      if (e < n && j + e < p->N)
-        c[e] = sum[e] + (p->mode == ADD ? c[e] : p->bias ? p->bias[j + e] : 0);
+  Real4 v = {{0, 0, 0, 0}};
+  n = i < p->M ? MIN(n, p->N - j) : 0;
+  if (p->mode == ADD) v = load4(c, n);
+  else if (p->bias) v = load4(p->bias + j, n);
+  UNROLL for (int e = 0; e < 4; e++) if (e < n) v.at[e] += sum[e];
+  store4(c, n, v);
 }
 
 // A ladder of four kernels, each the one before and an idea. The third trains, or the fourth with
@@ -813,8 +809,9 @@ enum {
 typedef struct {
   const real *x;                         // this thread's first number of the step
   long next, apart;                      // from step to step; from Real4 to Real4 in a step
-  int line, k, lines, whole;             // of x in the tile; how many lines exist, of this one on;
-} Reader;                                //   do all of the tile, and are they aligned?
+  int line, k;                           // of x in the tile
+  int lines, whole;                      // from the tile's first line on; fill they it, aligned?
+} Reader;
 
 static __device__ __forceinline__ Reader reader_of(Matrix m, int line0, int lines, int k0,
                                                    int side, int depth, int along) {
@@ -825,8 +822,8 @@ static __device__ __forceinline__ Reader reader_of(Matrix m, int line0, int line
   r.x = m.at + (line0 + r.line)*m.down + (k0 + r.k)*m.right;
   r.next = depth*m.right;
   r.apart = along ? 4*side*side/depth * m.down : side/2 * m.right;
-  r.lines = lines - line0 - r.line;
-  r.whole = lines - line0 >= 8*side && (uintptr_t)m.at % 16 == 0
+  r.lines = lines - line0;
+  r.whole = r.lines >= 8*side && (uintptr_t)m.at % 16 == 0
          && (along ? m.down : m.right) % 4 == 0;
   return r;
 }
@@ -838,10 +835,11 @@ static __device__ __forceinline__ void fetch(Real4 *four, Reader *r, int left, i
     UNROLL for (int l = 0; l < 2*depth/side; l++) four[l] = *(const Real4 *)(r->x + l*r->apart);
   } else {
     UNROLL for (int l = 0; l < 2*depth/side; l++)
-      UNROLL for (int j = 0; j < 4; j++)
-        four[l].at[j] = (along ? l*(4*side*side/depth) < r->lines && j < left - r->k
-                               : j < r->lines && l*(side/2) < left - r->k)
-                      ? r->x[l*r->apart + j] : 0;
+      UNROLL for (int j = 0; j < 4; j++) {
+        int line = r->line + (along ? l*(4*side*side/depth) : j);
+        int k = r->k + (along ? j : l*(side/2));
+        four[l].at[j] = line < r->lines && k < left ? r->x[l*r->apart + j] : 0;
+      }
   }
   r->x += r->next;
 }
