@@ -1154,7 +1154,7 @@ static void check_rung(const char *name, int number, const char *precision) {
   expect(worst < bar, name, "%.1e, the worst element of %d products", worst, n);
 }
 
-static void check_ladder_of_matmul(void) {
+static void check_matmul_rungs(void) {
   printf("\nMatmul: transposed or not, at sizes that no tile divides; rungs of its ladder\n");
   if (!SEARCH_FOR_RACES) check_rung("1 plain", 1, "fp32");
   check_rung("2 shared memory", 2, "fp32");
@@ -2141,7 +2141,7 @@ static void check_names(const char **names, int n) {
 static void check_everything(void) {
   check_sums();
 #ifdef GPU
-  check_ladder_of_matmul();
+  check_matmul_rungs();
 #endif
   if (SEARCH_FOR_RACES) {          // each kernel has run; now some updates
     numbers_after_updates(new_trainer(TWO_TILES, 0));

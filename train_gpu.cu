@@ -809,9 +809,9 @@ enum {
 typedef struct {
   const real *x;                         // this thread's first number of the step
   long next, apart;                      // from step to step; from Real4 to Real4 in a step
-  int line, k;                           // of x in the tile
-  int lines, whole;                      // from the tile's first line on; fill they it, aligned?
-} Reader;
+  int line, k;                           // where x is in the tile
+  int lines, whole;                      // how many exist from the tile's first on; do they fill
+} Reader;                                //   the tile, and are their Real4 aligned?
 
 static __device__ __forceinline__ Reader reader_of(Matrix m, int line0, int lines, int k0,
                                                    int side, int depth, int along) {
@@ -880,9 +880,9 @@ static __device__ __forceinline__ unsigned bf16_pair(real low, real high) {
 }
 
 // 16 lines x 16 k of a tile, as an A of mma_bf16(), or as two B, for which the second and the
-// third square change places. Squares are 8 x 8: lane l gives the address of row l % 8 of square l
-// / 8, and gets in x[i] two numbers of square i, those of row l / 4 and columns 2*(l % 4) and the
-// next; or, transposed, of column l / 4.
+// third square change places. A square is 8 x 8. Lane l gives the address of row l%8 of square l/8,
+// and gets two numbers of each square i in x[i]: of row l/4, columns l%4*2 and the next; or, if
+// transposed, of column l/4, rows l%4*2 and the next.
 static __device__ __forceinline__ void load_bf16(unsigned *x, const char *tile, int line, int k,
                                                  int is_a, int side, int depth, int along) {
   int lane = threadIdx.x % 32;
@@ -900,8 +900,8 @@ static __device__ __forceinline__ void load_bf16(unsigned *x, const char *tile, 
 
 // C += A B by a whole warp, C (16,8), A (16,16), B (16,8). With g = lane / 4 and t = lane % 4, a
 // lane holds A[g][2t] and A[g][2t+1] in x[0], the same of row g + 8 in x[1], and both of 8 more k
-// in x[2] and x[3]; B[2t][g] and B[2t+1][g] in y[0], of 8 more k in y[1]; and of C c = C[g][2t],
-// C[g][2t+1], C[g+8][2t], C[g+8][2t+1].
+// in x[2] and x[3]; B[2t][g] and B[2t+1][g] in y[0], of 8 more k in y[1]; and of C
+// c = C[g][2t], C[g][2t+1], C[g+8][2t], C[g+8][2t+1].
 static __device__ __forceinline__ void mma_bf16(real *c, const unsigned *x, const unsigned *y) {
   float s[4] = {(float)c[0], (float)c[1], (float)c[2], (float)c[3]};
   PTX(s, x, y, "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
@@ -930,9 +930,9 @@ static __device__ __forceinline__ void multiply_bf16(real (*sum)[8], const char 
 
 typedef struct __align__(8) { unsigned at[2]; } FourBf16;
 
-// From registers to shared memory. In fp32 a warp stores one number each of 16 lines in rows k = 0
-// and 4, or 1 and 5, and so on. 4 * (128 + PAD) numbers are 16 banks from a multiple of 32: so
-// these 32 numbers are in different banks.
+// From registers to shared memory. In fp32, if `along`, a warp stores at once the numbers of 16
+// lines in two rows, k and k + 4. These are 4 * (128 + PAD) numbers apart, which is 16 banks from
+// a multiple of 32: so the 32 numbers are in different banks.
 static __device__ __forceinline__ void put(char *tile, const Real4 *four, const Reader *r, int side,
                                            int depth, int bf16, int along) {
   const int row = 8*side + PAD;
@@ -967,7 +967,7 @@ static __device__ __forceinline__ void matmul_tile(const int side, const int dep
                       reader_of(transpose(p->b), j, p->N, begin, side, depth, b_along)};
   Real4 next[MAX_FOURS];
   real sum[8][8] = {{0}};
-  UNROLL for (int h = 0; h < 2; h++) {
+  UNROLL for (int h = 0; h < 2; h++) {   // A, then B
     fetch(next, &reader[h], left, side, depth, along[h]);
     put(shared + h*bytes, next, &reader[h], side, depth, bf16, along[h]);
   }
