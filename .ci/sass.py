@@ -66,7 +66,9 @@ def cells(gpu, nvcc, cuobjdump, threads, folder):
                                      number('bytes spill stores'), '']
     for part in run(cuobjdump, '-sass', cubin).split('Function : ')[1:]:
         code = [(int(a, 16), t) for a, t in re.findall(r'/\*([0-9a-f]{4,5})\*/\s+(.*?) *;', part)]
-        ratio = max((n / m for n, m in loops(code)), default=0)
+        ratio = 0
+        if re.search('matmul|attention', part.split()[0]):
+            ratio = max((n / m for n, m in loops(code)), default=0)
         table[part.split()[0]][3] = f'{ratio:.2f}' if ratio else ''
     return {k: (shared, f'{registers:3} x{blocks_that_fit(gpu, registers, shared, threads[k]):<2}'
                 + (f' {ratio}' if ratio else '') + (f' s{spilled}' if spilled else ''))
