@@ -1173,7 +1173,7 @@ static const char *device_start(int threads, const char *precision) {
         attributes.ptxVersion / 10, attributes.ptxVersion % 10);
   if (getenv("RUNG")) rung = atoi(getenv("RUNG"));
   if (rung < 1 || rung > 3 || (rung < 3 && use_bf16))
-    die("RUNG=%s: expected 1, 2 or 3, without --precision bf16, the fourth", getenv("RUNG"));
+    die("RUNG=%d: expected 1, 2 or 3; the fourth is --precision bf16, without RUNG", rung);
   if (stream) return name;               // a second call
   CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   for (int i = 0; i < SLOTS; i++) {
