@@ -1,6 +1,7 @@
 # make run      trains on the default text (two minutes), then writes a sample
 # make test     checks every gradient, and the programs: ends with `N passed, N failed`
 # make race     searches the CUDA kernels for races, with no GPU
+# make sass     what nvcc made of the CUDA kernels: registers, occupancy, instructions; with no GPU
 # make bench    how fast training and generating are here
 # make data/shakespeare.txt   fetches a text that everybody knows
 # make compare-optimizers     all seven on it, as a table and a plot
@@ -102,7 +103,8 @@ ON_GPU = $(and $(NVCC),$(HAS_GPU))
 HEADER = $(if $(filter .,$D),$B,$D)/train_gpu.h
 EMULATE = $(CXX) -x c++ -std=c++17 -g $(NATIVE) $(WARN) -DGPU '-DKERNELS="$(HEADER)"' -I. -I$D \
   $(EXTRA)
-GPU_CHECK = $(if $(ON_GPU),$(NVCC) $(NVCCFLAGS) -x cu '-DKERNELS="train_gpu.cu"' $(EXTRA),$(EMULATE) -O2)
+ALIGNED = -fsanitize=alignment -fsanitize-undefined-trap-on-error   # as a GPU does: it traps
+GPU_CHECK = $(if $(ON_GPU),$(NVCC) $(NVCCFLAGS) -x cu '-DKERNELS="train_gpu.cu"' $(EXTRA),$(EMULATE) -O2 $(ALIGNED))
 
 $(HEADER): $D/train_gpu.cu
 	@mkdir -p $(@D)
@@ -143,6 +145,11 @@ check-arm64:
 	  EXTRA=-static $(addprefix $(ARM)/,test_gradients test_gradients_float test_gradients_gpu)
 	@.ci/tally "qemu-aarch64 $(ARM)/test_gradients" "qemu-aarch64 $(ARM)/test_gradients_float" \
 	  "qemu-aarch64 $(ARM)/test_gradients_gpu"
+
+# What the kernels compile to, for each generation of GPUs. Needs nvcc, cuobjdump and python3.
+sass:
+	$(if $(NVCC),python3 .ci/sass.py $(NVCC) -std=c++17 -O3 -I$D,\
+	  @echo "make sass needs nvcc, from the CUDA toolkit, and there is none"; exit 1)
 
 # Plants bugs, one at a time, and sees whether the checker finds each.
 mutants:
@@ -211,4 +218,4 @@ clean:
 help:
 	@sed -n '1,/^$$/s/^# \(make .*\)/\1/p' Makefile
 
-.PHONY: all run test race no_cxx check-arm64 mutants fuzz compare-optimizers bench exercise grade mirror clean help
+.PHONY: all run test race no_cxx check-arm64 sass mutants fuzz compare-optimizers bench exercise grade mirror clean help

@@ -1176,56 +1176,118 @@ static void show_float_differences(void) {
          "are taken of plain versions in double", apart);
 }
 
-// A tensor core sees 10 of the 23 bits of a float: a number is off by up to 2^-11 of its size, by
-// 0.42 of that in root mean square, a product of two by 0.6 of it. K such errors add up like the
-// steps of a random walk, but so do the K terms: relative to the size of the sum it is 0.6 * 2^-11
-// for any K, and the worst of thousands is 3 to 6 times that.
 #ifdef GPU
-typedef struct { Matrix c, a, b; int n; } SquareProduct;
-static void square_product(void *argument) {
-  SquareProduct *p = (SquareProduct *)argument;
-  matmul(p->c, p->a, p->b, p->n, p->n, p->n, SET, NULL);
+// ---- Each rung of matmul's ladder: all transpositions, edges, slices, = and += and bias. The
+// numbers are floats; for bf16 they are rounded here, too, so that its products are exact.
+typedef struct { Matrix c, a, b; int M, N, K, mode; const real *bias; } MatmulCase;
+static void run_matmul(void *argument) {
+  MatmulCase *p = (MatmulCase *)argument;
+  matmul(p->c, p->a, p->b, p->M, p->N, p->K, p->mode, p->bias);
 }
 
-// 1 + 1.5 * 2^-11 becomes 1 + 2^-10 in both operands if it is rounded, and 1 if it is cut off.
-static void check_tf32_rounding(void) {
-  enum { N = 64 };
-  double x[2][N*N], c[2];
-  for (int i = 0; i < N*N; i++) x[0][i] = 1, x[1][i] = 1 + 1.5 * 0x1p-11;
-  real *one = on_device(x[0], N*N), *more = on_device(x[1], N*N), *result = on_device(x[0], N*N);
-  SquareProduct p = {rows_of(result, N), rows_of(one, N), rows_of(more, N), N};
-  for (int i = 0; i < 2; i++) {
-    launch(square_product, &p);
-    get(&c[i], result, 1);
-    p.a = rows_of(more, N); p.b = rows_of(one, N);
-  }
-  expect(c[0] == N * (1 + 0x1p-10) && c[1] == c[0], "tf32", "both operands are rounded to nearest");
+static double round_to_bf16(double x) {  // to 8 bits; of two that are as near, the even one
+  int exponent;
+  double fraction = frexp(x, &exponent);
+  return ldexp(rint(ldexp(fraction, 8)), exponent - 8);
 }
 
-static void check_tf32(void) {
-  const double size = 0.6 * 0x1p-11;
-  if (compute_capability < 80) {
-    printf("\nThis GPU has no tensor cores for tf32: not checked\n");
-    return;
+static void random_matrix(double *x, long n, int seed, int bf16) {
+  for (long i = 0; i < n; i++) {
+    x[i] = (float)random_normal(seed, i);
+    if (i % 7 == 0) x[i] = 1 + (i % 4 - 2) * 0x1p-8;   // in the middle of two bf16, or one itself
   }
-  printf("\nMatmuls in tf32: expect 0.6 * 2^-11 = %.1e, 3 to 6 times that at worst\n", size);
-  heading("tf32", "double");
-  device_start(1, "tf32");
-  for (int i = 0; i < n_layers; i++) {
-    if (!is_matmul(layers[i])) continue;
-    layers[i]->worst = 0;
-    check_layer(layers[i], SMALL, 1, 8*size);
-    check_layer(layers[i], LARGE, 0, 8*size);
-    expect(layers[i]->worst > size, layers[i]->name, "was in tf32: %.1e", layers[i]->worst);
+  for (long i = 0; i < n && bf16; i++) x[i] = round_to_bf16(x[i]);
+}
+
+// The largest error of an element, relative to the sum of the sizes of its terms.
+static double matmul_error(int M, int N, int K, int a_along, int b_along, int mode, int bf16) {
+  double *a = new_doubles((long)M*K), *b = new_doubles((long)K*N), *c = new_doubles((long)M*N);
+  double *bias = new_doubles(N), *got = new_doubles((long)M*N + GUARD), worst = 0;
+  random_matrix(a, (long)M*K, 800, 0);
+  random_matrix(b, (long)K*N, 801, 0);
+  random_matrix(c, (long)M*N, 802, 0);
+  random_matrix(bias, N, 803, 0);
+  real *device_a = on_device(a, (long)M*K), *device_b = on_device(b, (long)K*N);
+  MatmulCase p = {rows_of(guarded(c, (long)M*N), N),
+                  a_along ? rows_of(device_a, K) : transpose(rows_of(device_a, M)),
+                  b_along ? transpose(rows_of(device_b, K)) : rows_of(device_b, N),
+                  M, N, K, mode, mode == ADD ? NULL : on_device(bias, N)};
+  launch(run_matmul, &p);
+  get(got, p.c.at, (long)M*N + GUARD);
+  random_matrix(a, (long)M*K, 800, bf16);
+  random_matrix(b, (long)K*N, 801, bf16);
+  for (int i = 0; i < M; i++)
+    for (int j = 0; j < N; j++) {
+      double sum = mode == ADD ? c[(long)i*N + j] : bias[j], size = fabs(sum);
+      for (int k = 0; k < K; k++) {
+        double term = a[a_along ? (long)i*K + k : (long)k*M + i]
+                    * b[b_along ? (long)j*K + k : (long)k*N + j];
+        sum += term;
+        size += fabs(term);
+      }
+      worst = larger(worst, fabs(got[(long)i*N + j] - sum) / size);
+    }
+  for (int i = 0; i < GUARD; i++) if (got[(long)M*N + i] != GUARD_VALUE) worst = INFINITY;
+  return worst;
+}
+
+static void check_rung(const char *name, int number, const char *precision) {
+  static const int size[][3] = {{1, 1, 1}, {128, 128, 64}, {131, 70, 37}, {66, 129, 16},
+                                {131, 68, 545}};
+  int bf16 = !strcmp(precision, "bf16"), before = rung, n = 0;
+  double bar = IS_DOUBLE && !bf16 ? 1e-14 : 1e-5, worst = 0;
+  device_start(1, precision);
+  rung = number;
+  for (int few = 0; few < 2; few++) {    // which kernel is used depends on the multiprocessors
+    multiprocessors = few ? 2 : 132;
+    for (int i = 0; i < 5; i++)
+      for (int way = 0; way < 4; way++, n++)
+        worst = larger(worst, matmul_error(size[i][0], size[i][1], size[i][2], way & 1, way / 2,
+                                           n % 3 ? SET : ADD, bf16));
   }
-  check_tf32_rounding();
+  rung = before;
+  device_start(1, "fp32");
+  expect(worst < bar, name, "%.1e, the worst element of %d products", worst, n);
+}
+
+static void check_matmul_rungs(void) {
+  printf("\nMatmul: transposed or not, at sizes that no tile divides; rungs of its ladder\n");
+  if (!SEARCH_FOR_RACES) check_rung("1 plain", 1, "fp32");
+  check_rung("2 shared memory", 2, "fp32");
+  check_rung("3 registers", 3, "fp32");
+  if (compute_capability < 80) printf("This GPU has no tensor cores for bf16: not checked\n");
+  else check_rung("4 tensor cores, bf16", 3, "bf16");
 #ifdef EMULATED
   emulated_ptx = 75;                     // code for Turing, compiled anew by the driver
   device_start(1, "fp32");
-  expect(compute_capability == 75, "tf32", "is not there in code for an older GPU");
+  expect(compute_capability == 75, "bf16", "is not there in code for an older GPU");
   emulated_ptx = 80;
-#endif
   device_start(1, "fp32");
+#endif
+}
+
+// --profile charges each kernel its own time, however many are launched before the CPU waits. In
+// the emulator each takes a millisecond.
+static void fill_often(void *x) {
+  for (int i = 0; i < 2500; i++) fill((real *)x, 1, 0);
+}
+
+static void check_profile(void) {
+  real *x = (real *)device_alloc(sizeof *x), y;
+  profiled = profile;
+  memset(profile, 0, sizeof profile);
+  opt.profile = 1;
+  launch(fill_often, x);
+  copy_out(&y, x, sizeof y);
+  opt.profile = 0;
+  double ms = profile->seconds * 1e3 / 2500;
+#ifdef EMULATED
+  int ok = fabs(ms - 1) < 1e-9;
+#else
+  int ok = ms > 0 && ms < 1;
+#endif
+  expect(ok && !strcmp(profile->name, "fill_kernel") && profile->calls == 2500, "--profile",
+         "%ld launches of %s of %.3f ms", profile->calls, profile->name, ms);
 }
 #endif
 
@@ -2182,12 +2244,15 @@ static void check_names(const char **names, int n) {
 
 static void check_everything(void) {
   check_sums();
+#ifdef GPU
+  check_matmul_rungs();
+#endif
   if (SEARCH_FOR_RACES) {          // each kernel has run; now some updates
     numbers_after_updates(new_trainer(TWO_TILES, 0));
     return;
   }
 #ifdef GPU
-  if (!IS_DOUBLE) check_tf32();
+  check_profile();
 #else
   if (IS_DOUBLE) check_model();
 #endif
@@ -2265,7 +2330,7 @@ static const char *running_kernel(void) { return NULL; }
 
 #else   // EMULATED, and this file includes itself for what follows
 // ---- 8. CUDA without a GPU --------------------------------------------------------------------
-// What a GPU does, in 420 lines, so that any machine can check and debug kernels. A launch names a
+// What a GPU does, in 600 lines, so that any machine can check and debug kernels. A launch names a
 // grid of blocks and the threads of a block; all run the same function and differ in threadIdx and
 // blockIdx only. Blocks know nothing of each other. The threads of a block share what is declared
 // __shared__, and wait for each other at __syncthreads(). 32 consecutive threads are a warp: they
@@ -2277,7 +2342,8 @@ static const char *running_kernel(void) { return NULL; }
 //   - blocks, and between barriers the threads of a block, run in a random order: GPU_SEED=n;
 //   - device memory and shared memory are NaN until something is written there;
 //   - the work of a stream is done only when the host waits for it;
-//   - a barrier that not all threads reach, a host pointer in a kernel, a write next to an array,
+//   - a barrier or an exchange that a thread does not reach, a host pointer in a kernel, a write
+//     next to an array, an access that is not aligned, a grid or shared memory beyond the limits,
 //     or what may not be done while a graph is recorded, ends the program;
 //   - -fsanitize=address sees an index beyond an array, and the host touching device memory;
 //   - -fsanitize=thread (`make race`) sees two threads at one address without a barrier between.
@@ -2505,14 +2571,15 @@ UNSEEN void run_block(void) {
 // ---- Device memory
 enum cudaError_t {
   cudaSuccess, cudaErrorInvalidValue, cudaErrorMemoryAllocation, cudaErrorStreamCaptureUnsupported,
-  cudaErrorInvalidResourceHandle
+  cudaErrorInvalidResourceHandle, cudaErrorNotReady
 };
 enum cudaMemcpyKind {
   cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice
 };
 static const char *cudaGetErrorString(cudaError_t e) {
   static const char *const text[] = {"no error", "invalid argument", "out of memory",
-                                     "not allowed while a graph is recorded", "never recorded"};
+                                     "not allowed while a graph is recorded", "never recorded",
+                                     "not done yet"};
   return text[e];
 }
 static std::map<uintptr_t, size_t> device_memory_map;   // address and size of each allocation
@@ -2599,17 +2666,28 @@ static cudaError_t cudaMemsetAsync(void *p, int value, size_t n, cudaStream_t st
   return enqueue(stream, [=] { memset(p, value, n); });
 }
 
+// How much shared memory has the kernel written? A block has 48 KB, for arrays of a fixed size.
+UNSEEN void check_shared(void) {
+  long written = 0;
+  for (const char *p = shared_begin; p < shared_end; p += 4) written += *(const Word *)p != ~0u;
+  if (4 * written <= 48 << 10) return;
+  fprintf(stderr, "kernel %s: uses %ld bytes of shared memory, over 48 KB\n", gpu.kernel,
+          4 * written);
+  exit(1);
+}
+
 // ---- Launches: a sed in the Makefile turns kernel<<<grid, block, 0, stream>>>(x) into
 // LAUNCH(kernel, grid, block, 0, stream)(x)
 UNSEEN void run_grid(const char *kernel, dim3 grid, dim3 block, const std::function<void()> *body) {
-  int n = grid.x * grid.y * grid.z;
+  uint64_t n = (uint64_t)grid.x * grid.y * grid.z;
   gpu.launches++;
   gpu.kernel = kernel; gpu.body = body; gpu.threads = block.x * block.y * block.z;
   gridDim.x = grid.x; gridDim.y = grid.y; gridDim.z = grid.z;
   blockDim.x = block.x; blockDim.y = block.y; blockDim.z = block.z;
-  if (n < 1 || grid.y > 65535 || grid.z > 65535 || gpu.threads < 1 || gpu.threads > MAX_THREADS
-      || gpu.threads % 32)
-    gpu_die("the grid is empty or too large, or a block is not made of warps", 0, 0);
+  if (n < 1 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535)
+    gpu_die("the grid is empty, or exceeds 2^31 - 1 blocks in x or 65535 in y or z", 0, 0);
+  if (gpu.threads < 1 || gpu.threads > MAX_THREADS || gpu.threads % 32)
+    gpu_die("a block has 1 to 1024 threads, and whole warps of them", 0, 0);
   if (!gpu.stacks) {
     const char *seed = getenv("GPU_SEED");
     gpu.random = seed ? strtoull(seed, NULL, 10) : 0;
@@ -2621,7 +2699,7 @@ UNSEEN void run_grid(const char *kernel, dim3 grid, dim3 block, const std::funct
   int *order = (int *)malloc(n * sizeof *order);
   shuffle(order, n);
   memset(shared_begin, 0xff, shared_end - shared_begin);
-  for (int i = 0; i < n; i++) {
+  for (uint64_t i = 0; i < n; i++) {
     blockIdx.x = order[i] % grid.x;
     blockIdx.y = order[i] / grid.x % grid.y;
     blockIdx.z = order[i] / grid.x / grid.y;
@@ -2630,6 +2708,7 @@ UNSEEN void run_grid(const char *kernel, dim3 grid, dim3 block, const std::funct
   free(order);
   TSAN(__tsan_acquire(&gpu.end);)
   check_margins();
+  check_shared();
 }
 
 template <class T> static void check_pointer(const char *kernel, T *p) {
@@ -2692,12 +2771,17 @@ UNSEEN Word (*show_warp(const void *words, int n, const char *what, int line))[6
   wait_at(&warp_barrier[self->id / 32], 32, false, what, line);
   return lanes;
 }
-template <class T> UNSEEN T __shfl_xor_sync(unsigned, T x, int flip, LINE) {
+UNSEEN void check_mask(unsigned lanes) {
+  if (lanes != ~0u) gpu_die("an exchange between some lanes of a warp: not emulated", self, 0);
+}
+template <class T> UNSEEN T __shfl_xor_sync(unsigned mask, T x, int flip, LINE) {
+  check_mask(mask);
   Word (*lanes)[6] = show_warp(&x, sizeof x / 4, "__shfl_xor_sync()", line);
   for (unsigned i = 0; i < sizeof x / 4; i++) ((Word *)&x)[i] = lanes[self->id % 32 ^ flip][i];
   return x;
 }
-UNSEEN unsigned __ballot_sync(unsigned, int vote, LINE) {
+UNSEEN unsigned __ballot_sync(unsigned mask, int vote, LINE) {
+  check_mask(mask);
   Word (*lanes)[6] = show_warp(&vote, 1, "__ballot_sync()", line);
   unsigned votes = 0;
   for (int i = 0; i < 32; i++) votes |= (unsigned)(lanes[i][0] != 0) << i;
@@ -2705,40 +2789,93 @@ UNSEEN unsigned __ballot_sync(unsigned, int vote, LINE) {
 }
 static inline int __popc(unsigned x) { return __builtin_popcount(x); }
 
-// The instruction of the tensor core, see mma_tf32(): it uses 19 bits of each float.
-static inline unsigned __float_as_uint(float x) { unsigned u; memcpy(&u, &x, 4); return u; }
-static inline float __uint_as_float(unsigned u) { float x; memcpy(&x, &u, 4); return x; }
-UNSEEN float tf32_of(Word bits) { return __uint_as_float(bits & ~0x1fffu); }
-// text is what the compiler for GPUs gets: mma {D}, {A}, {B}, {C}; with %k for the k-th operand,
-// and the operands in order, like "r"(x[2]). They are numbers of s (sums), x or y.
-#define PTX(...) emulate_mma(#__VA_ARGS__, s, x, y)
-UNSEEN void emulate_mma(const char *text, float *s, unsigned *x, unsigned *y, LINE) {
-  unsigned mine[6], group[4][4] = {{0}};   // which of s, x, y: the place in `all`
-  char name[10], at[10];
-  int operands = 0, n = 0;
-  if (!strstr(text, "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32"))
-    gpu_die("an instruction that the emulator does not know", self, 0);
-  for (const char *p = text; (p = strchr(p, '(')); p++, operands++) {
-    if (operands == 10 || p[2] != '[') gpu_die("operands that the emulator cannot read", self, 0);
-    name[operands] = p[1], at[operands] = (char)(p[3] - '0');
+// PTX(s, x, y, text : operands) is an instruction, as a text that the compiler for GPUs gets, and
+// the arrays of its operands: floats s, words x and y. The text names the operands %0, %1, ...,
+// which follow it in this order, like "r"(x[2]).
+#define PTX(s, x, y, ...) emulate(#__VA_ARGS__, s, x, y)
+struct Operands {
+  int n;                                 // how often the text names one
+  char array[16];                        // of the i-th: 's', 'x' or 'y'
+  int at[16];                            // which number of the array
+};
+UNSEEN Operands operands_of(const char *text) {
+  Operands all = {0, {0}, {0}}, o = {0, {0}, {0}};
+  const char *p = strchr(text, ':');
+  while (p && (p = strchr(p, '(')) && all.n < 16) {
+    if (p[2] != '[' || !strchr("sxy", p[1]))
+      gpu_die("operands that the emulator cannot read", self, 0);
+    all.array[all.n] = p[1];
+    all.at[all.n++] = *(p += 3) - '0';
   }
-  for (const char *p = strchr(text, '{'); p; p = strchr(p + 1, '{'), n++)
-    for (int i = 0; *p != '}' && i < 4; i++, p += 3) group[n][i] = p[2] - '0';
-  for (int i = 0; i < 6; i++) {
-    int k = group[1 + i / 4][i % 4];
-    mine[i] = name[k] == 'x' ? x[(int)at[k]] : name[k] == 'y' ? y[(int)at[k]] : 0;
-  }
-  Word (*lanes)[6] = show_warp(mine, 6, "mma", line);
-  float d[4];
-  for (int i = 0; i < 4; i++) {
-    d[i] = s[(int)at[group[3][i]]];
-    for (int k = 0; k < 8; k++) {
-      int lane = self->id % 32, row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-      d[i] += tf32_of(lanes[row % 8 * 4 + k % 4][row / 8 + k / 4 * 2])
-            * tf32_of(lanes[column * 4 + k % 4][4 + k / 4]);
+  for (p = text; *p != ':' && o.n < 16; p++)
+    if (*p == '%') {
+      int k = p[1] - '0';
+      if (k < 0 || k >= all.n) gpu_die("an operand that is missing", self, 0);
+      o.array[o.n] = all.array[k];
+      o.at[o.n++] = all.at[k];
     }
+  return o;
+}
+
+static inline size_t __cvta_generic_to_shared(const void *p) {
+  return (const char *)p - shared_begin;
+}
+static inline float __uint_as_float(unsigned u) { float x; memcpy(&x, &u, 4); return x; }
+UNSEEN float bf16_at_half(Word two, int half) { return __uint_as_float(two >> 16*half << 16); }
+UNSEEN unsigned bf16_of(float x) {       // to nearest; both as near: to the one that ends in 0
+  unsigned bits;
+  memcpy(&bits, &x, 4);
+  return x != x ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+// The sanitizers should see this one: what a kernel reads from shared memory
+__attribute__((noinline)) static void read_row(Word *to, const Word *from) {
+  for (int i = 0; i < 4; i++) to[i] = from[i];
+}
+
+UNSEEN void emulate_mma(Operands o, float *s, const unsigned *x, const unsigned *y, int line) {
+  Word mine[6];
+  int lane = self->id % 32;
+  float d[4];
+  for (int i = 0; i < 6; i++) mine[i] = (o.array[4 + i] == 'x' ? x : y)[o.at[4 + i]];
+  Word (*lanes)[6] = show_warp(mine, 6, "mma", line);
+  for (int i = 0; i < 4; i++) {
+    int row = lane/4 + i/2*8, column = lane%4*2 + i%2;
+    d[i] = s[o.at[10 + i]];
+    for (int k = 0; k < 16; k++)
+      d[i] += bf16_at_half(lanes[row%8*4 + k%8/2][row/8 + k/8*2], k % 2)
+            * bf16_at_half(lanes[column*4 + k%8/2][4 + k/8], k % 2);
   }
-  for (int i = 0; i < 4; i++) s[(int)at[group[0][i]]] = d[i];
+  for (int i = 0; i < 4; i++) s[o.at[i]] = d[i];
+}
+
+UNSEEN void emulate_ldmatrix(Operands o, unsigned *x, const unsigned *y, bool transposed,
+                             int line) {
+  Word mine[4];
+  int lane = self->id % 32, e = lane / 4, t = lane % 4;
+  const char *row = shared_begin + (int)y[o.at[4]];
+  if ((uintptr_t)row % 16) gpu_die("the address of a row is not a multiple of 16", self, 0);
+  read_row(mine, (const Word *)row);
+  Word (*lanes)[6] = show_warp(mine, 4, "ldmatrix", line);
+  for (int i = 0; i < 4; i++) {
+    unsigned first = lanes[8*i + 2*t][e/2] >> e%2*16, next = lanes[8*i + 2*t + 1][e/2] >> e%2*16;
+    x[o.at[i]] = transposed ? (first & 0xffff) | next << 16 : lanes[8*i + e][t];
+  }
+}
+
+static void emulate(const char *text, float *s, const unsigned *read, const unsigned *y, LINE) {
+  Operands o = operands_of(text);
+  unsigned *x = (unsigned *)read;        // the other instructions write to it
+  const char *name = text + 1;           // behind a quotation mark
+#define IS(what) (!strncmp(name, what " ", sizeof what))
+  if (IS("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32") && o.n == 14)
+    emulate_mma(o, s, x, y, line);
+  else if (IS("ldmatrix.sync.aligned.m8n8.x4.shared.b16") && o.n == 5)
+    emulate_ldmatrix(o, x, y, false, line);
+  else if (IS("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16") && o.n == 5)
+    emulate_ldmatrix(o, x, y, true, line);
+  else if (IS("cvt.rn.bf16x2.f32") && o.n == 3)
+    x[o.at[0]] = bf16_of(s[o.at[1]]) << 16 | bf16_of(s[o.at[2]]);
+  else gpu_die("an instruction that the emulator does not know", self, 0);
 }
 
 // ---- The rest of the CUDA runtime that train_gpu.cu calls
@@ -2781,8 +2918,9 @@ CALL cudaEventRecord(cudaEvent_t e, cudaStream_t s) {
 }
 CALL cudaEventSynchronize(cudaEvent_t e) { return run_until(e->after); }
 CALL cudaEventElapsedTime(float *ms, cudaEvent_t a, cudaEvent_t b) {
-  *ms = 0;
-  return a->recorded && b->recorded ? cudaSuccess : cudaErrorInvalidResourceHandle;
+  *ms = (float)b->after - (float)a->after;   // each launch or copy takes a millisecond
+  if (!a->recorded || !b->recorded) return cudaErrorInvalidResourceHandle;
+  return b->after <= the_stream.done ? cudaSuccess : cudaErrorNotReady;
 }
 CALL cudaStreamBeginCapture(cudaStream_t, int) {
   recorded = new Work;

@@ -132,7 +132,7 @@ static void squared_norm(double *result, double *partial, const real *x, long n)
 
 // Device memory; for the CPU that is just memory. Sizes are in bytes. If there is no device, or no
 // memory, the program ends.
-// Starts the device and returns its name; precision is that of matmul: "fp32", or "tf32" on a GPU.
+// Starts the device and returns its name; precision is that of matmul: "fp32", or "bf16" on a GPU.
 static const char *device_start(int threads, const char *precision);
 static void *device_alloc(size_t bytes);           // zeroed
 static void copy_in(void *device, const void *host, size_t bytes);
@@ -1478,7 +1478,7 @@ static void *worker(void *id) {
 
 static const char *device_start(int threads, const char *precision) {
   if (strcmp(precision, "fp32"))
-    die("--precision %s: expected fp32 (./train_gpu also has tf32)", precision);
+    die("--precision %s: expected fp32 (./train_gpu also has bf16)", precision);
   int running = n_threads;                       // by an earlier call
   n_threads = threads;
   for (int i = running; i < threads; i++) {
@@ -2662,7 +2662,7 @@ Option train_options[] = {
       "updates between evaluations, each with a save; 0: only save, at the end"),
   INT(opt, seed, "1337", 0, 2147483647, IN_STATE, "of the initial weights and the batches"),
   INT(opt, threads, NULL, 1, 1024, 0, "default: all cores"),
-  WORD(opt, precision, "fp32", IN_STATE, "of matmul: fp32; on a GPU also tf32"),
+  WORD(opt, precision, "fp32", IN_STATE, "of matmul: fp32; on a GPU also bf16"),
   FLAG(opt, resume, "continue from the last save in --out"),
   WORD(opt, init, NULL, 0, "start from the weights in this folder, ours or another GPT-2's"),
   INT(opt, compare, NULL, 2, 1000000, 0,

@@ -37,11 +37,13 @@
 #ifdef __CUDACC__
 #pragma nv_diag_suppress 177             // functions of train.c that this program does not call
 #define UNROLL _Pragma("unroll")         // for arrays in registers, which cannot be indexed
-#define UNROLL_4 _Pragma("unroll 4")
-#define PTX(...) asm volatile(__VA_ARGS__)
+#if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 800
+#define PTX(s, x, y, ...) asm volatile(__VA_ARGS__)
+#else
+#define PTX(s, x, y, ...) __trap()   // never reached: device_start() refuses bf16
+#endif
 #else
 #define UNROLL
-#define UNROLL_4
 #endif
 #include "train.c"
 
@@ -55,7 +57,7 @@ enum { THREADS = 32*WARPS };
 
 static cudaStream_t stream;              // all work, in the order in which it was launched
 static int multiprocessors, compute_capability;
-static int use_tf32;                     // --precision tf32, see section 6
+static int use_bf16;                     // --precision bf16, see section 6
 static real *scratch;                    // partial sums, never kept from one function to the next
 static long n_scratch;                   // numbers in it
 
@@ -65,9 +67,9 @@ static void check(cudaError_t error, const char *call, const char *file, int lin
 }
 
 // RUN(kernel<<<...>>>(...)) launches a kernel, checks that it has started, and measures it for
-// --profile.
-#define RUN(...) do { __VA_ARGS__; launched(#__VA_ARGS__); } while (0)
-static void launched(const char *call);
+// --profile; see section 7.
+#define RUN(...) do { launching(); __VA_ARGS__; launched(#__VA_ARGS__); } while (0)
+static void launching(void), launched(const char *call);
 
 static int blocks(long n, long each) { return (int)((n + each - 1) / each); }
 
@@ -446,9 +448,9 @@ static void crossentropy_backward(Tensor loss, Tensor correct, Tensor row_lse, T
 //   rows                                   columns 4..7. The SIDE/4 threads of a row are neighbours
 //   0..3     t 0   t 1   ...  t 15         in a warp, so that shuffles add up a row. Its two groups
 //   4..7     t 16  t 17  ...  t 31         of rows are 32 apart: so the two TY of a warp read
-//   ...                                    neighbouring numbers of x, which lie in different banks
-//   32..35   t 0   t 1   ...  t 15         of shared memory. (There are 32 banks; each serves one
-//   36..39   t 16  t 17  ...  t 31         number of 4 bytes at a time.)
+//   ...                                   neighbouring numbers of x, from different banks; see
+//   32..35   t 0   t 1   ...  t 15         at() below.
+//   36..39   t 16  t 17  ...  t 31
 //
 // The forward pass is two such products for each tile of keys. Both operands are read along k, so q
 // and k are transposed on the way into shared memory, and so is the result of the first product:
@@ -456,12 +458,9 @@ static void crossentropy_backward(Tensor loss, Tensor correct, Tensor row_lse, T
 //   x[d][t] = q[t][d]  y[d][s] = k[s][d]  ->  z[t][s], in registers: maximum, exp, sum of a row
 //   x[s][t] = z[t][s]  y[s][d] = v[s][d]  ->  out[t][d] += , in registers until the last tile
 enum {
-  SIDE = sizeof(real) == sizeof(float) && WARPS == 8 ? 64 : 32,   // two tiles of 64 x 68 doubles
+  SIDE = sizeof(real) == sizeof(float) && WARPS == 8 ? 64 : 32,   // two tiles of 64 x 64 doubles
                                          //   exceed 48 KB of shared memory; small CUDA blocks (the
                                          //   checker's) get 32, too
-  PAD = 4,                               // numbers between the rows of a tile, so that a column, or
-                                         //   a transposed store, spreads over several banks
-  ROW = SIDE + PAD,                      // from one row of a tile to the next
   SIDE_LANES = SIDE / 4,
   SIDE_THREADS = SIDE/8 * SIDE/4
 };
@@ -470,46 +469,64 @@ enum {
 #define ROW_OF(i) (TY*4 + (i)%4 + (i)/4*(SIDE/2))   // of this thread's number [i][j]
 #define COLUMN_OF(j) (TX*4 + (j))
 
-// tile[r][c] = x[r*row + c]; 0 beyond `rows` and `columns`
+// Where tile[r][c] is. Shared memory has 32 banks; number i of an array is in bank i % 32. A bank
+// serves one number at a time, so lanes that want different numbers of one bank wait for each
+// other. If each row simply followed the one before, a column would be in one bank. So the groups
+// of eight of a row are exchanged, in another way in each four rows ("swizzled"):
+//
+//   banks         0..7  8..15  16..23  24..31
+//   rows 0..3     0     1      2       3         A warp of load_transposed() stores in rows 0, 4, 8
+//   rows 4..7     1     0      3       2         and 12 at once, 8 numbers in each, for example
+//   rows 8..11    2     3      0       1         group 0: in 32 different banks. A group of
+//   rows 12..15   3     2      1       0         four numbers still is 16 aligned bytes.
+static __device__ __forceinline__ int at(int r, int c) { return r*SIDE + (c ^ r/4 % 4 * 8); }
+
+// tile[r][c] = x[r*row + c]; 0 beyond `rows` and `columns`. Four loads are on their way at once.
 static __device__ __forceinline__ void load_tile(real *tile, const real *x, long row, int rows,
                                                  int columns) {
-  for (int i = threadIdx.x; i < SIDE*SIDE/4; i += SIDE_THREADS) {
-    int r = i / (SIDE/4), c = i % (SIDE/4) * 4;
-    *(Real4 *)(tile + r*ROW + c) = load4(x + r*row + c, r < rows ? columns - c : 0);
+  for (int r = TY, c = TX*4; r < SIDE; r += SIDE/2) {
+    Real4 v[4];
+    UNROLL for (int l = 0; l < 4; l++)
+      v[l] = load4(x + (r + l*SIDE/8)*row + c, r + l*SIDE/8 < rows ? columns - c : 0);
+    UNROLL for (int l = 0; l < 4; l++) *(Real4 *)(tile + at(r + l*SIDE/8, c)) = v[l];
   }
 }
 
 // tile[c][r] = x[r*row + c]. A warp takes 8 rows x 4 Real4: it loads 64 consecutive bytes of each
-// row, and at most two lanes store to the same bank.
+// row, and no two lanes store to the same bank.
 static __device__ __forceinline__ void load_transposed(real *tile, const real *x, long row,
                                                        int rows, int columns) {
-  for (int i = threadIdx.x; i < SIDE*SIDE/4; i += SIDE_THREADS) {
-    int r = i % 8 + i / (2*SIDE) * 8, c = i / 8 % (SIDE/4) * 4;
-    Real4 v = load4(x + r*row + c, r < rows ? columns - c : 0);
-    UNROLL for (int j = 0; j < 4; j++) tile[(c + j)*ROW + r] = v.at[j];
-  }
+  for (int c = threadIdx.x / 8 * 4; c < SIDE; c += SIDE_THREADS/2)
+    for (int r = threadIdx.x % 8; r < SIDE; r += 32) {
+      Real4 v[4];
+      UNROLL for (int l = 0; l < 4; l++)
+        v[l] = load4(x + (r + 8*l)*row + c, r + 8*l < rows ? columns - c : 0);
+      UNROLL for (int l = 0; l < 4; l++)
+        UNROLL for (int j = 0; j < 4; j++) tile[at(c + j, r + 8*l)] = v[l].at[j];
+    }
 }
 
 // tile[column][row] = this thread's part of a result, which becomes the x of the next product
 static __device__ __forceinline__ void store_tile(real *tile, real (*part)[4]) {
   UNROLL for (int j = 0; j < 4; j++)
     UNROLL for (int i = 0; i < 8; i += 4)
-      *(Real4 *)(tile + COLUMN_OF(j)*ROW + ROW_OF(i)) =
+      *(Real4 *)(tile + at(COLUMN_OF(j), ROW_OF(i))) =
           Real4{{part[i][j], part[i + 1][j], part[i + 2][j], part[i + 3][j]}};
 }
 
-// sum[row][column] += sum over k < depth of x[k][row] y[k][column]
+// sum[row][column] += sum over k < depth of x[k][row] y[k][column], four k at a time: the tiles are
+// 0 from depth on
 static __device__ __forceinline__ void multiply_tiles(real (*sum)[4], const real *x, const real *y,
                                                       int depth) {
-  UNROLL_4 for (int k = 0; k < depth; k++) {
-    Real4 x0 = *(const Real4 *)(x + k*ROW + ROW_OF(0));
-    Real4 x1 = *(const Real4 *)(x + k*ROW + ROW_OF(4));
-    Real4 y0 = *(const Real4 *)(y + k*ROW + COLUMN_OF(0));
-    UNROLL for (int i = 0; i < 4; i++)
-      UNROLL for (int j = 0; j < 4; j++) {
-        sum[i][j] += x0.at[i] * y0.at[j];
-        sum[i + 4][j] += x1.at[i] * y0.at[j];
-      }
+  for (int k = 0; k < depth; k += 4) {
+    const real *x0 = x + at(k, ROW_OF(0)), *x4 = x + at(k, ROW_OF(4));
+    const real *y0 = y + at(k, COLUMN_OF(0));
+    UNROLL for (int l = 0; l < 4; l++) {
+      Real4 a[2] = {*(const Real4 *)(x0 + l*SIDE), *(const Real4 *)(x4 + l*SIDE)};
+      Real4 b = *(const Real4 *)(y0 + l*SIDE);
+      UNROLL for (int i = 0; i < 8; i++)
+        UNROLL for (int j = 0; j < 4; j++) sum[i][j] += a[i / 4].at[i % 4] * b.at[j];
+    }
   }
 }
 
@@ -549,9 +566,9 @@ static __device__ __forceinline__ void store_rows(real *x, long row, int rows, i
              Real4{{part[i][0], part[i][1], part[i][2], part[i][3]}});
 }
 
-static __global__ void __launch_bounds__(SIDE_THREADS)
+static __global__ void __launch_bounds__(SIDE_THREADS, 3)
 attention_forward_kernel(real *out, real *lse, const real *qkv, int T, int C, int H) {
-  __shared__ __align__(16) real x_tile[SIDE*ROW], y_tile[SIDE*ROW];
+  __shared__ __align__(16) real x_tile[SIDE*SIDE], y_tile[SIDE*SIDE];
   int D = C / H, b = blockIdx.x / H, h = blockIdx.x % H, d0 = blockIdx.z * SIDE;
   int i = (gridDim.y - 1 - blockIdx.y) * SIDE;   // the last have the most work: they start first
   long row = 3L*C;
@@ -613,13 +630,16 @@ static __global__ void attention_backward_dot(real *dout_dot_out, const real *ou
 
 // dq: a CUDA block owns SIDE queries and goes through the keys that they see. In C one loop adds
 // dq, dk and dv, since one thread owns the whole head; here dk and dv have a kernel of their own,
-// in which a block owns keys. The second launch bound is the number of CUDA blocks that must fit on
-// a multiprocessor at once: while one waits at a barrier, another computes. It limits the registers
-// of a thread.
+// in which a block owns keys.
+//
+// Occupancy: while a warp waits for memory or at a barrier, its multiprocessor runs another one.
+// How many CUDA blocks fit on it at once depends on their shared memory, threads and registers, of
+// which it has 65536. The second launch bound asks the compiler for so few registers that this
+// many fit.
 static __global__ void __launch_bounds__(SIDE_THREADS, 2)
 attention_backward_q(real *dqkv, const real *qkv, const real *dout, const real *lse,
                      const real *dout_dot_out, int T, int C, int H) {
-  __shared__ __align__(16) real x_tile[SIDE*ROW], y_tile[SIDE*ROW];
+  __shared__ __align__(16) real x_tile[SIDE*SIDE], y_tile[SIDE*SIDE];
   int D = C / H, b = blockIdx.x / H, h = blockIdx.x % H, d0 = blockIdx.z * SIDE;
   int i = (gridDim.y - 1 - blockIdx.y) * SIDE;
   long row = 3L*C, head = b*T*row + h*D, first = (long)blockIdx.x * T;   // of lse, dout_dot_out
@@ -650,7 +670,7 @@ attention_backward_q(real *dqkv, const real *qkv, const real *dout, const real *
 static __global__ void __launch_bounds__(SIDE_THREADS, 2)
 attention_backward_kv(real *dqkv, const real *qkv, const real *dout, const real *lse,
                       const real *dout_dot_out, int T, int C, int H) {
-  __shared__ __align__(16) real x_tile[SIDE*ROW], y_tile[SIDE*ROW];
+  __shared__ __align__(16) real x_tile[SIDE*SIDE], y_tile[SIDE*SIDE];
   int D = C / H, b = blockIdx.x / H, h = blockIdx.x % H, d0 = blockIdx.z * SIDE;
   int j = blockIdx.y * SIDE;
   long row = 3L*C, head = b*T*row + h*D, first = (long)blockIdx.x * T;
@@ -698,127 +718,140 @@ typedef struct {                         // C = A B + bias, or C += A B
   const real *bias;
 } Product;
 
-// First the kernel that the others replace: a thread computes one element of C.
-static __global__ void matmul_plain(Product p) {
-  long i = blockIdx.x, j = (long)blockIdx.y * THREADS + threadIdx.x;
-  if (j >= p.N) return;
-  real sum = 0, *y = p.c.at + i*p.c.down + j;
-  for (long k = 0; k < p.K; k++)
-    sum += p.a.at[i*p.a.down + k*p.a.right] * p.b.at[k*p.b.down + j*p.b.right];
-  *y = sum + (p.mode == ADD ? *y : p.bias ? p.bias[j] : 0);
+// c[i, j..j+n-1] = sum + bias, or += sum. n is 1, 2 or 4; what is outside of C is left out.
+static __device__ __forceinline__ void store_c(const Product *p, int i, int j, const real *sum,
+                                               int n) {
+  real *c = p->c.at + blockIdx.z*p->c_slice + i*p->c.down + j;
+  Real4 v = {{0, 0, 0, 0}};
+  n = i < p->M ? MIN(n, p->N - j) : 0;
+  if (p->mode == ADD) v = load4(c, n);
+  else if (p->bias) v = load4(p->bias + j, n);
+  UNROLL for (int e = 0; e < 4; e++) if (e < n) v.at[e] += sum[e];
+  store4(c, n, v);
 }
 
-// It loads two numbers from device memory for each multiply-add. Four steps lead from there to the
-// fast kernel:
-//   1. A CUDA block computes a tile of C, 128 x 128. It goes along K in steps of a few k: together
-//      its threads copy that much of A's rows and of B's columns to shared memory. So a number from
-//      device memory is used in 128 multiply-adds.
-//   2. A warp computes 32 x 64 of the tile, and a thread 8 x 8 of that, in registers: from shared
-//      memory it loads 8 + 8 numbers, in four loads of 16 bytes, for 64 multiply-adds.
-//   3. Double buffering: while a step is multiplied, the numbers of the next are on their way from
-//      device memory to registers. They then go to a second pair of buffers, so that one barrier a
-//      step is enough.
-//   4. Split-K: a small C has too few tiles for all multiprocessors. Then tiles are 64 x 64, or K
-//      is cut into slices, whose sums go to scratch and are added in order.
-// On tensor cores (tf32) step 2 differs: a warp multiplies 16 x 8 x 8 in one instruction.
+// A ladder of four kernels, each the one before and an idea. The third trains, or the fourth with
+// --precision bf16. RUNG=1 in the environment selects the first: compare the rows of matmul in
+// `RUNG=1 ./train_gpu --profile` with those of RUNG=2 and 3.
 //
-// The lanes of a warp stand in 4 rows of 8; lane 9, for example, has these rows and columns of the
-// warp's 32 x 64:
-//   rows     4..7 and 20..23     lane / 8 * 4 + 0..3, and 16 more
-//   columns  4..7 and 36..39     lane % 8 * 4 + 0..3, and 32 more
-// So the 32 lanes load 4 or 8 different Real4, each in different banks, and lanes with the same
-// address are served at once.
+// Rung 1: a thread computes one element of C. The lanes of a warp have neighbouring columns, so
+// their loads of B are coalesced where a row of B is consecutive, and A's number is the same for
+// all. But each multiply-add waits for two loads from device memory or its caches.
+static int rung = PLAIN ? 1 : 3;
+
+static __global__ void matmul_plain(Product p) {
+  int i = blockIdx.x, j = blockIdx.y * THREADS + threadIdx.x;
+  real sum = 0;
+  for (long k = 0; k < p.K && j < p.N; k++)
+    sum += p.a.at[i*p.a.down + k*p.a.right] * p.b.at[k*p.b.down + j*p.b.right];
+  store_c(&p, i, j, &sum, 1);
+}
+
+// Rung 2, shared memory: a CUDA block computes 16 x 16 of C, a thread one element. It goes along K
+// in steps: its threads copy 16 x 16 of A and of B to shared memory, where 16 threads use each
+// number. Now shared memory is the limit: each multiply-add needs two loads from it, and in the
+// time of these a multiprocessor could do eight. (Four on a T4.)
+enum { BIG = WARPS == 8 ? 16 : 8 };      // BIG*BIG == THREADS
+
+static __global__ void matmul_shared(Product p) {
+  __shared__ real a[BIG][BIG], b[BIG][BIG];
+  int x = threadIdx.x % BIG, y = threadIdx.x / BIG;
+  int i = blockIdx.y * BIG + y, j = blockIdx.x * BIG + x;
+  real sum = 0;
+  for (long k = 0; k < p.K; k += BIG) {
+    a[y][x] = i < p.M && k + x < p.K ? p.a.at[i*p.a.down + (k + x)*p.a.right] : 0;
+    b[y][x] = j < p.N && k + y < p.K ? p.b.at[(k + y)*p.b.down + j*p.b.right] : 0;
+    __syncthreads();                     // the squares have been written
+    for (int l = 0; l < BIG; l++) sum += a[y][l] * b[l][x];
+    __syncthreads();                     // the squares have been read
+  }
+  store_c(&p, i, j, &sum, 1);
+}
+
+// Rung 3, registers: a thread computes 8 x 8 elements, in registers. For each k it loads 8 + 8
+// numbers from shared memory, in four loads of 16 bytes, for 64 multiply-adds; these are now 512 of
+// the 580 instructions of a step, and are the limit. A CUDA block of 256 threads computes 128 x 128
+// of C, and a warp 32 x 64 of that. More ideas are in it:
+//   - Double buffering: while a step is multiplied, the numbers of the next are on their way from
+//     device memory to registers. They then go to a second pair of buffers, so that one barrier a
+//     step is enough.
+//   - Split-K: a small C has too few tiles for all multiprocessors. Then tiles are 64 x 64, or K is
+//     cut into slices, whose sums go to scratch and are added in order.
+//   - Lanes with the same address are served at once if they are neighbours, or two apart. So these
+//     are the lanes in a warp's 32 x 64, which load 4 different Real4 of A and 8 of B:
+//
+//   columns        0..3   4..7   8..11  ...  28..31   32..35  ...  60..63
+//   rows  0..3     0      2      4           14       0            14
+//   rows  4..7     1      3      5           15       1            15
+//   rows  8..11    16     18     20          30       16           30
+//   rows 12..15    17     19     21          31       17           31
+//   rows 16..31    the same once more
+//
+// Rung 4, tensor cores: a warp multiplies 16 x 16 by 16 x 8 numbers in one instruction. They are
+// bf16, the upper half of a float: 8 bits of exponent, 7 of fraction. Their sums are floats.
+// Weights, activations and gradients stay floats in memory, and are rounded on the way to shared
+// memory. So they go through registers as on rung 3; cp.async, which copies to shared memory
+// without these, cannot round. The limit is the L2 cache: a tile of 128 x 128 does 32
+// floating-point operations for each byte that it reads, so 5 TB/s, about what an A100's gives,
+// feed 160 of its 312 TFLOP/s. The way on is operands in bf16 in memory; and, on Hopper alone,
+// TMA, by which one thread fetches a tile, and wgmma, by which four warps multiply straight from
+// shared memory: mma.sync reaches two thirds of that GPU's peak at most.
 enum {
-  BIG = WARPS == 8 ? 16 : 8,             // side: a tile has 8*side rows and columns, its CUDA block
-                                         //   side*side threads
-  DEPTH = 8,                             // numbers of k in a step
-  DEEP = sizeof(real) == sizeof(float) ? BIG : 8,   // the same for tensor cores, which multiply a
-                                         //   step in less time
-  MAX_FOURS = 2                          // Real4 that a thread copies of each operand in a step
+  LONGEST = 32,                          // numbers of k in a step of tensor cores; in fp32 8
+  PAD = 4,                               // numbers between two rows of a tile, see put()
+  MAX_FOURS = 8                          // Real4 that a thread copies of an operand in a step
 };
 
-// A tensor core sees a float as tf32: 8 bits of exponent, 10 of fraction. We round to nearest,
-// since the hardware would cut off the other bits, always towards zero.
-static __device__ __forceinline__ real round_tf32(real x) {
-  unsigned bits = (__float_as_uint((float)x) + 0x1000) & ~0x1fffu;
-  return x != x ? x : (real)__uint_as_float(bits);
+// How a thread reads its part of an operand. A line is a row of A or a column of B. A tile has
+// 8*side lines, and side*side threads read it, 2*depth/side Real4 each in a step. `along`: are the
+// numbers of a line consecutive in memory? Then consecutive threads read along k, then the next
+// line; else they read along the lines, then the next k.
+typedef struct {
+  const real *x;                         // this thread's first number of the step
+  long next, apart;                      // from step to step; from Real4 to Real4 in a step
+  int line, k;                           // where x is in the tile
+  int lines, whole;                      // how many exist from the tile's first on; do they fill
+} Reader;                                //   the tile, and are their Real4 aligned?
+
+static __device__ __forceinline__ Reader reader_of(Matrix m, int line0, int lines, int k0,
+                                                   int side, int depth, int along) {
+  Reader r;
+  int t = threadIdx.x;
+  r.line = along ? t / (depth/4) : t % (2*side) * 4;
+  r.k = along ? t % (depth/4) * 4 : t / (2*side);
+  r.x = m.at + (line0 + r.line)*m.down + (k0 + r.k)*m.right;
+  r.next = depth*m.right;
+  r.apart = along ? 4*side*side/depth * m.down : side/2 * m.right;
+  r.lines = lines - line0;
+  r.whole = r.lines >= 8*side && (uintptr_t)m.at % 16 == 0
+         && (along ? m.down : m.right) % 4 == 0;
+  return r;
 }
 
-// C += A B by a whole warp, C (16,8), A (16,8), B (8,8). With g = lane / 4 and t = lane % 4, a lane
-// holds a = A[g][t], A[g+8][t], A[g][t+4], A[g+8][t+4]; b = B[t][g], B[t+4][g]; and of C
-// c = C[g][2t], C[g][2t+1], C[g+8][2t], C[g+8][2t+1].
-static __device__ __forceinline__ void mma_tf32(real *c, const real *a, const real *b) {
-#if defined EMULATED || (defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 800)
-  float s[4] = {(float)c[0], (float)c[1], (float)c[2], (float)c[3]};
-  unsigned x[4], y[2];
-  UNROLL for (int i = 0; i < 4; i++) x[i] = __float_as_uint((float)a[i]);
-  UNROLL for (int i = 0; i < 2; i++) y[i] = __float_as_uint((float)b[i]);
-  PTX("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "   // the emulator reads this text, too
-      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(s[0]), "+f"(s[1]), "+f"(s[2]), "+f"(s[3])
-      : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(y[0]), "r"(y[1]));
-  UNROLL for (int i = 0; i < 4; i++) c[i] = s[i];
-#else
-  (void)c; (void)a; (void)b;
-#ifdef __CUDA_ARCH__
-  __trap();                              // never reached: device_start() has refused tf32
-#endif
-#endif
-}
-
-// Copying the numbers of one step of an operand: a line is a row of A or a column of B. This
-// thread's Real4 number l begins at (line, k). Consecutive threads run along k, then to the next
-// line, if k is what is consecutive in memory; else along the lines, then to the next k.
-static __device__ __forceinline__ void place_of(int l, int side, int depth, long right,
-                                                int *line, int *k) {
-  int number = threadIdx.x + l*side*side;
-  if (right == 1) {
-    *line = number / (depth / 4);
-    *k = number % (depth / 4) * 4;
+// From device memory to registers; `left` numbers of k are left. The second way is for the edges.
+static __device__ __forceinline__ void fetch(Real4 *four, Reader *r, int left, int side, int depth,
+                                             int along) {
+  if (r->whole && left >= depth) {
+    UNROLL for (int l = 0; l < 2*depth/side; l++) four[l] = *(const Real4 *)(r->x + l*r->apart);
   } else {
-    *line = number % (2*side) * 4;
-    *k = number / (2*side);
+    UNROLL for (int l = 0; l < 2*depth/side; l++)
+      UNROLL for (int j = 0; j < 4; j++) {
+        int line = r->line + (along ? l*(4*side*side/depth) : j);
+        int k = r->k + (along ? j : l*(side/2));
+        four[l].at[j] = line < r->lines && k < left ? r->x[l*r->apart + j] : 0;
+      }
   }
+  r->x += r->next;
 }
 
-// From device memory to registers. A tile has 8*side lines of `depth` numbers, so each of the
-// side*side threads copies 2*depth/side Real4; the loop ends at this l.
-static __device__ __forceinline__ void fetch(Real4 *four, int side, int depth, Matrix m, int lines,
-                                             int K, int line0, int k0) {
-  UNROLL for (int l = 0; l < MAX_FOURS; l++) {
-    int line, k;
-    if (l*side == 2*depth) break;
-    place_of(l, side, depth, m.right, &line, &k);
-    line += line0; k += k0;
-    const real *x = m.at + line*m.down + k*m.right;
-    if (m.right == 1) four[l] = load4(x, line < lines ? K - k : 0);
-    else four[l] = load4(x, k < K ? lines - line : 0);
-  }
-}
-
-// From registers to shared memory, as tile[k][line] whatever the strides of the operand are: so
-// transposing costs nothing more. In tf32 numbers are rounded here, once for all who read them.
-static __device__ __forceinline__ void put(real *tile, const Real4 *four, int side, int depth,
-                                           long right, int tf32) {
-  int row = 8*side + PAD;
-  UNROLL for (int l = 0; l < MAX_FOURS; l++) {
-    int line, k;
-    if (l*side == 2*depth) break;
-    place_of(l, side, depth, right, &line, &k);
-    Real4 v = four[l];
-    UNROLL for (int j = 0; j < 4; j++) v.at[j] = tf32 ? round_tf32(v.at[j]) : v.at[j];
-    if (right == 1)
-      UNROLL for (int j = 0; j < 4; j++) tile[(k + j)*row + line] = v.at[j];
-    else *(Real4 *)(tile + k*row + line) = v;
-  }
-}
-
-// The products of a step, for this thread's 8 x 8 of C.
+// The products of some k, for this thread's 8 x 8 of C. A tile is [k][line] whatever the strides of
+// the operand are, so transposing costs nothing more.
 static __device__ __forceinline__ void multiply_fp32(real (*sum)[8], const real *a, const real *b,
-                                                int row, int depth) {
-  a += threadIdx.x % 32 / 8 * 4;
-  b += threadIdx.x % 8 * 4;
-  UNROLL for (int k = 0; k < depth; k++) {
+                                                     int k0, int k1, int side) {
+  const int lane = threadIdx.x % 32, row = 8*side + PAD;
+  a += (lane/16*2 + lane%2) * 4;
+  b += lane%16/2 * 4;
+  UNROLL for (int k = k0; k < k1; k++) {
     Real4 x[2] = {*(const Real4 *)(a + k*row), *(const Real4 *)(a + k*row + 16)};
     Real4 y[2] = {*(const Real4 *)(b + k*row), *(const Real4 *)(b + k*row + 32)};
     UNROLL for (int i = 0; i < 8; i++)
@@ -826,96 +859,160 @@ static __device__ __forceinline__ void multiply_fp32(real (*sum)[8], const real 
   }
 }
 
-// The same on tensor cores: the warp's 32 x 64 as 2 x 8 tiles of 16 x 8, of which a lane holds 4
-// numbers each. Where mma_tf32 wants k = t and t + 4 of a lane, it gets 2t and 2t + 1. The same
-// order in A and in B leaves every sum as it was:
-//
-//   mma's k          0 1 2 3 4 5 6 7
-//   lane with t      0 1 2 3 0 1 2 3
-//   k of the tile    0 2 4 6 1 3 5 7
-//
-// The reason is banks: a row of the tile is 4 numbers longer than a multiple of 32, so rows 2t
-// begin in banks 0, 8, 16, 24, and the 8 lanes with this t use the 8 banks from there: no two lanes
-// use the same.
-static __device__ __forceinline__ void multiply_tf32(real (*sum)[8], const real *a, const real *b,
-                                                     int row, int depth) {
-  int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  UNROLL for (int k = 0; k < depth; k += 8) {
-    const real *a0 = a + (k + 2*t)*row + g, *a1 = a0 + row;
-    const real *b0 = b + (k + 2*t)*row + g, *b1 = b0 + row;
-    real x[2][4] = {{a0[0], a0[8], a1[0], a1[8]}, {a0[16], a0[24], a1[16], a1[24]}};
-    UNROLL for (int j = 0; j < 8; j++) {
-      real y[2] = {b0[8*j], b1[8*j]};
-      mma_tf32(sum[j], x[0], y);
-      mma_tf32(sum[j] + 4, x[1], y);
+// Where a number of a tile of bf16 is. The tile keeps the order of memory: its rows are lines if
+// `along`, else k. 8 numbers, 16 bytes, are a chunk, and 8 chunks fill the banks once. load_bf16()
+// reads chunks from 8 rows, one below the other. So they are swizzled: chunk c of row r is in place
+// c ^ r % 8, or c ^ r/2 % 4 where two rows of 4 chunks fill the banks.
+static __device__ __forceinline__ int bf16_at(int row, int column, int columns) {
+  const int chunks = columns / 8, most = MIN(chunks, 8);
+  return (row*chunks + (column/8 ^ row*most/8 % most)) * 8 + column % 8;
+}
+
+// Three instructions that C++ has no name for, in PTX, the assembly language of NVIDIA GPUs. s, x
+// and y are the arrays of the operands; the emulator gets them, and reads the text, too.
+
+// Two bf16 in a word, rounded to nearest, and to even if both are as near
+static __device__ __forceinline__ unsigned bf16_pair(real low, real high) {
+  float s[2] = {(float)low, (float)high};
+  unsigned x[1] = {0};
+  PTX(s, x, NULL, "cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x[0]) : "f"(s[1]), "f"(s[0]));
+  return x[0];
+}
+
+// 16 lines x 16 k of a tile, as an A of mma_bf16(), or as two B, for which the second and the
+// third square change places. A square is 8 x 8. Lane l gives the address of row l%8 of square l/8,
+// and gets two numbers of each square i in x[i]: of row l/4, columns l%4*2 and the next; or, if
+// transposed, of column l/4, rows l%4*2 and the next.
+static __device__ __forceinline__ void load_bf16(unsigned *x, const char *tile, int line, int k,
+                                                 int is_a, int side, int depth, int along) {
+  int lane = threadIdx.x % 32;
+  line += 8 * (is_a ? lane/8%2 : lane/16);
+  k += 8 * (is_a ? lane/16 : lane/8%2);
+  int at = along ? bf16_at(line + lane%8, k, depth) : bf16_at(k + lane%8, line, 8*side);
+  unsigned y[1] = {(unsigned)__cvta_generic_to_shared(tile + 2*at)};
+  if (along)
+    PTX(NULL, x, y, "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+        : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(y[0]));
+  else
+    PTX(NULL, x, y, "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+        : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(y[0]));
+}
+
+// C += A B by a whole warp, C (16,8), A (16,16), B (16,8). With g = lane / 4 and t = lane % 4, a
+// lane holds A[g][2t] and A[g][2t+1] in x[0], the same of row g + 8 in x[1], and both of 8 more k
+// in x[2] and x[3]; B[2t][g] and B[2t+1][g] in y[0], of 8 more k in y[1]; and of C
+// c = C[g][2t], C[g][2t+1], C[g+8][2t], C[g+8][2t+1].
+static __device__ __forceinline__ void mma_bf16(real *c, const unsigned *x, const unsigned *y) {
+  float s[4] = {(float)c[0], (float)c[1], (float)c[2], (float)c[3]};
+  PTX(s, x, y, "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(s[0]), "+f"(s[1]), "+f"(s[2]), "+f"(s[3])
+      : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(y[0]), "r"(y[1]));
+  UNROLL for (int i = 0; i < 4; i++) c[i] = s[i];
+}
+
+// The products of some k, for the warp's 32 x 64 of C: 2 x 8 results of mma_bf16()
+static __device__ __forceinline__ void multiply_bf16(real (*sum)[8], const char *a, const char *b,
+                                                     int i, int j, int k0, int k1, int side,
+                                                     int depth, int a_along, int b_along) {
+  UNROLL for (int k = k0; k < k1; k += 16) {
+    unsigned x[2][4], y[4];
+    UNROLL for (int r = 0; r < 2; r++) load_bf16(x[r], a, i + 16*r, k, 1, side, depth, a_along);
+    UNROLL for (int e = 0; e < 8; e += 2) {
+      load_bf16(y, b, j + 8*e, k, 0, side, depth, b_along);
+      UNROLL for (int r = 0; r < 2; r++) {
+        mma_bf16(sum[e] + 4*r, x[r], y);
+        mma_bf16(sum[e + 1] + 4*r, x[r], y + 2);
+      }
     }
   }
 }
 
-// c[i, j..j+n-1] = sum + bias, or += sum. n is 2 or 4; what is outside of C is left out.
-static __device__ __forceinline__ void store_c(const Product *p, int i, int j, const real *sum,
-                                               int n) {
-  real *c = p->c.at + blockIdx.z*p->c_slice + i*p->c.down + j;
-  if (i >= p->M) return;
-  if (n == 4 && is_real4(c, p->N - j)) {
-    Real4 v = p->mode == ADD ? *(Real4 *)c : p->bias ? load4(p->bias + j, 4)
-                                                       : Real4{{0, 0, 0, 0}};
-    UNROLL for (int e = 0; e < 4; e++) v.at[e] += sum[e];
-    *(Real4 *)c = v;
-  } else
-    UNROLL for (int e = 0; e < 4; e++)
-      if (e < n && j + e < p->N)
-        c[e] = sum[e] + (p->mode == ADD ? c[e] : p->bias ? p->bias[j + e] : 0);
+typedef struct __align__(8) { unsigned at[2]; } FourBf16;
+
+// From registers to shared memory. In fp32, if `along`, a warp stores at once the numbers of 16
+// lines in two rows, k and k + 4. These are 4 * (128 + PAD) numbers apart, which is 16 banks from
+// a multiple of 32: so the 32 numbers are in different banks.
+static __device__ __forceinline__ void put(char *tile, const Real4 *four, const Reader *r, int side,
+                                           int depth, int bf16, int along) {
+  const int row = 8*side + PAD;
+  real *t = (real *)tile;
+  UNROLL for (int l = 0; l < 2*depth/side; l++) {
+    int line = r->line + along * l * (4*side*side/depth), k = r->k + !along * l * (side/2);
+    const real *x = four[l].at;
+    if (bf16) {
+      int at = along ? bf16_at(line, k, depth) : bf16_at(k, line, 8*side);
+      *(FourBf16 *)(tile + 2*at) = FourBf16{{bf16_pair(x[0], x[1]), bf16_pair(x[2], x[3])}};
+    } else if (along) {
+      UNROLL for (int j = 0; j < 4; j++) t[(k + j)*row + line] = x[j];
+    } else *(Real4 *)(t + k*row + line) = four[l];
+  }
 }
 
-// A CUDA block's tile of C. side, depth and tf32 are constants, so each kernel below is this
-// function with its loops unrolled and one of the two ways to multiply.
-static __device__ __forceinline__ void matmul_tile(const int side, const int depth, const int tf32,
-                                                   const Product *p, real *shared) {
-  const int tile = 8*side, row = tile + PAD;
-  real *a = shared, *b = shared + 2*depth*row, sum[8][8] = {{0}};
-  Real4 a_next[MAX_FOURS], b_next[MAX_FOURS];
-  int i = blockIdx.y * tile, j = blockIdx.x * tile, warp = threadIdx.x / 32;
-  int warp_i = warp / (side / 8) * 32, warp_j = warp % (side / 8) * 64;
-  int begin = blockIdx.z * p->slice, end = MIN(p->K, begin + p->slice), now = 0;
-  Matrix b_lines = transpose(p->b);      // whose rows are the columns of B
-  fetch(a_next, side, depth, p->a, p->M, end, i, begin);
-  fetch(b_next, side, depth, b_lines, p->N, end, j, begin);
-  for (int k = begin; k < end; k += depth, now = !now) {
-    real *a_now = a + now*depth*row, *b_now = b + now*depth*row;
-    put(a_now, a_next, side, depth, p->a.right, tf32);      // these buffers were last read two
-    put(b_now, b_next, side, depth, b_lines.right, tf32);   // steps ago, before the last barrier
-    __syncthreads();                     // this step's numbers have been written
-    if (k + depth < end) {
-      fetch(a_next, side, depth, p->a, p->M, end, i, k + depth);
-      fetch(b_next, side, depth, b_lines, p->N, end, j, k + depth);
+#define TILE_BYTES(side, depth, bf16) \
+  ((bf16) ? (depth)*8*(side)*2 : (depth)*(8*(side) + PAD)*(int)sizeof(real))
+
+// A CUDA block's tile of C. All arguments but the last two are constants, so each kernel below is
+// this function with its loops unrolled and its branches decided. One operand of the next step is
+// fetched in each half of a step, since the numbers of both need too many registers.
+static __device__ __forceinline__ void matmul_tile(const int side, const int depth, const int bf16,
+                                                   const int a_along, const int b_along,
+                                                   const Product *p, char *shared) {
+  const int bytes = TILE_BYTES(side, depth, bf16), row_of_warps = side / 8;
+  const int along[2] = {a_along, b_along};
+  int i = blockIdx.y * 8*side, j = blockIdx.x * 8*side, warp = threadIdx.x / 32;
+  int warp_i = warp / row_of_warps * 32, warp_j = warp % row_of_warps * 64;
+  int begin = blockIdx.z * p->slice, left = MIN(p->K - begin, p->slice);
+  Reader reader[2] = {reader_of(p->a, i, p->M, begin, side, depth, a_along),
+                      reader_of(transpose(p->b), j, p->N, begin, side, depth, b_along)};
+  Real4 next[MAX_FOURS];
+  real sum[8][8] = {{0}};
+  UNROLL for (int h = 0; h < 2; h++) {   // A, then B
+    fetch(next, &reader[h], left, side, depth, along[h]);
+    put(shared + h*bytes, next, &reader[h], side, depth, bf16, along[h]);
+  }
+  for (int now = 0; left > 0; left -= depth, now = !now) {
+    char *a = shared + 2*now*bytes, *b = a + bytes, *other = shared + 2*!now*bytes;
+    __syncthreads();                     // a, b have been written, the other buffers read
+    UNROLL for (int h = 0; h < 2; h++) {
+      int k = h*depth/2;
+      if (left > depth) fetch(next, &reader[h], left - depth, side, depth, along[h]);
+      if (bf16)
+        multiply_bf16(sum, a, b, warp_i, warp_j, k, k + depth/2, side, depth, a_along, b_along);
+      else
+        multiply_fp32(sum, (real *)a + warp_i, (real *)b + warp_j, k, k + depth/2, side);
+      if (left > depth) put(other + h*bytes, next, &reader[h], side, depth, bf16, along[h]);
     }
-    if (tf32) multiply_tf32(sum, a_now + warp_i, b_now + warp_j, row, depth);
-    else multiply_fp32(sum, a_now + warp_i, b_now + warp_j, row, depth);
   }
   int lane = threadIdx.x % 32;
   i += warp_i; j += warp_j;
   UNROLL for (int e = 0; e < 8; e++)
-    if (tf32) {                          // e: which of the 8 tiles side by side
+    if (bf16) {                          // e: which of the 8 tiles side by side
       UNROLL for (int r = 0; r < 4; r++)
-        store_c(p, i + 8*r + lane / 4, j + 8*e + lane % 4 * 2, &sum[e][2*r], 2);
+        store_c(p, i + 8*r + lane/4, j + 8*e + lane%4*2, &sum[e][2*r], 2);
     } else {                             // e: which of the 8 rows
-      store_c(p, i + lane / 8 * 4 + e / 4 * 16 + e % 4, j + lane % 8 * 4, sum[e], 4);
-      store_c(p, i + lane / 8 * 4 + e / 4 * 16 + e % 4, j + lane % 8 * 4 + 32, sum[e] + 4, 4);
+      int row = i + (lane/16*2 + lane%2)*4 + e/4*16 + e%4, column = j + lane%16/2*4;
+      store_c(p, row, column, sum[e], 4);
+      store_c(p, row, column + 32, sum[e] + 4, 4);
     }
 }
 
-// Here 65536 / 2 blocks / 256 threads = 128 registers, or 65536 / 6 / 64 = 168, a multiple of 8.
-#define MATMUL_KERNEL(name, side, depth, tf32)                                              \
-  static __global__ void __launch_bounds__((side)*(side), (side) == 16 ? 2 : 6)             \
-  name(Product p) {                                                                         \
-    __shared__ __align__(16) real shared[4*(depth)*(8*(side) + PAD)];                       \
-    matmul_tile(side, depth, tf32, &p, shared);                                             \
+// CUDA blocks that should fit on a multiprocessor. 65536 / 2 blocks / 256 threads leave 128
+// registers a thread, 65536 / 6 / 64 leave 168.
+enum { BIG_AT_ONCE = 2, SMALL_AT_ONCE = 6, SMALL_BF16_AT_ONCE = 4 };
+#define MATMUL_KERNEL(name, side, depth, bf16, at_once)                                       \
+  static __global__ void __launch_bounds__((side)*(side), at_once) name(Product p) {          \
+    __shared__ __align__(16) char shared[4*TILE_BYTES(side, depth, bf16)];                    \
+    int a_along = p.a.right == 1, b_along = p.b.down == 1;                                    \
+    if (a_along && b_along) matmul_tile(side, depth, bf16, 1, 1, &p, shared);                 \
+    else if (a_along) matmul_tile(side, depth, bf16, 1, 0, &p, shared);                       \
+    else if (b_along) matmul_tile(side, depth, bf16, 0, 1, &p, shared);                       \
+    else matmul_tile(side, depth, bf16, 0, 0, &p, shared);                                    \
   }
-MATMUL_KERNEL(matmul_big, BIG, DEPTH, 0)
-MATMUL_KERNEL(matmul_small, 8, DEPTH, 0)
-MATMUL_KERNEL(matmul_big_tf32, BIG, DEEP, 1)
-MATMUL_KERNEL(matmul_small_tf32, 8, DEPTH, 1)
+MATMUL_KERNEL(matmul_big, BIG, 8, 0, BIG_AT_ONCE)
+MATMUL_KERNEL(matmul_small, 8, 8, 0, SMALL_AT_ONCE)
+MATMUL_KERNEL(matmul_big_bf16, BIG, LONGEST, 1, BIG_AT_ONCE)
+MATMUL_KERNEL(matmul_small_bf16, 8, LONGEST, 1, SMALL_BF16_AT_ONCE)
 
 // c[i,j] = sum over slices of part[slice][i][j] + (c[i,j] if mode is ADD, else bias[j] or 0): a
 // thread for each element
@@ -934,30 +1031,45 @@ static void add_slices(Matrix c, const real *part, int M, int N, int slices, int
       c, part, M, N, slices, mode, bias));
 }
 
-// How many slices? A multiprocessor runs two CUDA blocks of big tiles at once, or six of small ones
-// (four are enough to keep it busy); a slice should be at least 256 long, since its sums are
-// written and read again. Big tiles are used if they and their slices give each multiprocessor at
-// least one.
+// Waves: if `at_once` CUDA blocks fit on the GPU, a grid runs in waves of that many, and the last
+// wave takes as long as a full one. This is the number of slices, up to `most`, that leaves the
+// least of the waves empty; more slices must gain 5 %, since their sums are written and read again.
+static int slices_for(long tiles, long at_once, long most) {
+  int best = 1;
+  double fullest = 0;
+  for (int s = 1; s <= MAX(1, MIN(most, 16)); s++) {
+    double waves = (double)tiles * s / at_once, full = waves / ceil(waves);
+    if (full > 1.05 * fullest) fullest = full, best = s;
+  }
+  return best;
+}
+
+// A slice should be at least 256 long. Big tiles are used if they and their slices give each
+// multiprocessor at least one.
 static void matmul(Matrix c, Matrix a, Matrix b, int M, int N, int K, int mode, const real *bias) {
   Product p = {c, a, b, 0, M, N, K, K, mode, bias};
-  long big = (long)blocks(M, 8*BIG) * blocks(N, 8*BIG), small = big * (BIG/8)*(BIG/8);
+  long big = (long)blocks(M, 8*BIG) * blocks(N, 8*BIG), small = (long)blocks(M, 64) * blocks(N, 64);
   long most = MIN(K / 256, n_scratch / MAX((long)M*N, 1));
-  int slices = (int)MIN(most, (2*multiprocessors + big - 1) / big);
-  int is_big = big * MAX(slices, 1) >= multiprocessors, side = is_big ? BIG : 8;
-  if (!is_big) slices = (int)MIN(most, 4*multiprocessors / small);
-  if (PLAIN) slices = 1;
+  int slices = slices_for(big, BIG_AT_ONCE*multiprocessors, most);
+  int is_big = big * slices >= multiprocessors, side = is_big ? BIG : 8;
+  int small_at_once = use_bf16 ? SMALL_BF16_AT_ONCE : SMALL_AT_ONCE;
+  if (!is_big) slices = slices_for(small, small_at_once*multiprocessors, most);
+  if (rung < 3) slices = 1;
   if (slices > 1) {
     p.c = rows_of(scratch, N); p.c_slice = (long)M*N; p.mode = SET; p.bias = NULL;
-    p.slice = blocks(blocks(K, slices), DEEP) * DEEP;   // whole steps
+    p.slice = blocks(blocks(K, slices), LONGEST) * LONGEST;   // whole steps
     slices = blocks(K, p.slice);
-  } else slices = 1;
-  dim3 grid(blocks(N, 8*side), blocks(M, 8*side), slices), plain_grid(M, blocks(N, THREADS));
+  }
+  dim3 grid(blocks(N, 8*side), blocks(M, 8*side), slices);
+  if (rung == 1) grid = dim3(M, blocks(N, THREADS));
+  if (rung == 2) grid = dim3(blocks(N, BIG), blocks(M, BIG));
   if (grid.y > 65535)
     die("a matrix of %d rows is too large for a GPU's grid: lower --batch_size", M);
-  if (PLAIN) RUN(matmul_plain<<<plain_grid, THREADS, 0, stream>>>(p));
-  else if (is_big && use_tf32) RUN(matmul_big_tf32<<<grid, side*side, 0, stream>>>(p));
+  if (rung == 1) RUN(matmul_plain<<<grid, THREADS, 0, stream>>>(p));
+  else if (rung == 2) RUN(matmul_shared<<<grid, THREADS, 0, stream>>>(p));
+  else if (is_big && use_bf16) RUN(matmul_big_bf16<<<grid, side*side, 0, stream>>>(p));
   else if (is_big) RUN(matmul_big<<<grid, side*side, 0, stream>>>(p));
-  else if (use_tf32) RUN(matmul_small_tf32<<<grid, side*side, 0, stream>>>(p));
+  else if (use_bf16) RUN(matmul_small_bf16<<<grid, side*side, 0, stream>>>(p));
   else RUN(matmul_small<<<grid, side*side, 0, stream>>>(p));
   if (slices > 1) add_slices(c, scratch, M, N, slices, mode, bias);
   profile_flop(2.0 * M * N * K);
@@ -1050,15 +1162,18 @@ static const char *device_start(int threads, const char *precision) {
     die("this program has no code for %s (%s): make -B train_gpu ARCH=sm_%d%d", gpu.name,
         cudaGetErrorString(error), gpu.major, gpu.minor);
   multiprocessors = gpu.multiProcessorCount;
-  // The code counts, not only the GPU: compiled for an older one, it has no tensor cores.
+  // The code counts, not only the GPU: compiled for an older one, it has no bf16.
   compute_capability = MIN(10*gpu.major + gpu.minor, attributes.ptxVersion);
-  use_tf32 = strcmp(precision, "tf32") == 0;
-  if (!use_tf32 && strcmp(precision, "fp32"))
-    die("--precision %s: expected fp32 or tf32", precision);
-  if (use_tf32 && compute_capability < 80)
-    die("--precision tf32 needs compute capability 8.0; this GPU has %d.%d, and this program was "
+  use_bf16 = strcmp(precision, "bf16") == 0;
+  if (!use_bf16 && strcmp(precision, "fp32"))
+    die("--precision %s: expected fp32 or bf16", precision);
+  if (use_bf16 && compute_capability < 80)
+    die("--precision bf16 needs compute capability 8.0; this GPU has %d.%d, and this program was "
         "compiled for %d.%d: use fp32, or make -B train_gpu", gpu.major, gpu.minor,
         attributes.ptxVersion / 10, attributes.ptxVersion % 10);
+  if (getenv("RUNG")) rung = atoi(getenv("RUNG"));
+  if (rung < 1 || rung > 3 || (rung < 3 && use_bf16))
+    die("RUNG=%d: expected 1, 2 or 3; the fourth is --precision bf16, without RUNG", rung);
   if (stream) return name;               // a second call
   CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   for (int i = 0; i < SLOTS; i++) {
@@ -1150,29 +1265,50 @@ static void copy_in(void *device, const void *host, size_t bytes) {
   }
 }
 
+// For --profile an event marks the end of each kernel in the stream, and a kernel is charged the
+// time since the event before it. The marks are read when the stream's work is done anyway, as in
+// copy_out(): if the CPU waited at each mark, the next kernel would be charged its launch, too. (A
+// kernel shorter than a launch, a few microseconds, still is: the GPU then waits for the CPU.)
+enum { MARKS = 1024 };
+static struct { cudaEvent_t end; struct Profile *kernel; } mark[MARKS];
+static int marks;
+
+static void set_mark(struct Profile *kernel) {
+  if (!mark[marks].end) CHECK(cudaEventCreate(&mark[marks].end));
+  CHECK(cudaEventRecord(mark[marks].end, stream));
+  mark[marks++].kernel = kernel;
+}
+
+static void read_marks(void) {
+  for (int i = 1; i < marks; i++) {
+    float milliseconds;
+    CHECK(cudaEventElapsedTime(&milliseconds, mark[i - 1].end, mark[i].end));
+    mark[i].kernel->seconds += 1e-3 * milliseconds;
+  }
+  marks = 0;
+}
+
 static void copy_out(void *host, const void *device, size_t bytes) {
   CHECK(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, stream));
   CHECK(cudaStreamSynchronize(stream));  // the CPU waits here until all work is done
+  read_marks();
 }
 
-// After each launch. For --profile an event marks the stream where the kernel ends; the time since
-// the last event is the kernel's.
-static void launched(const char *call) {
-  static cudaEvent_t mark[2];
-  static int now;
+static void launching(void) {            // before each launch
+  if (marks == MARKS) {
+    CHECK(cudaEventSynchronize(mark[MARKS - 1].end));
+    read_marks();
+  }
+  if (opt.profile && marks == 0) set_mark(NULL);   // where the first kernel begins
+}
+
+static void launched(const char *call) {   // after each launch
   char kernel[40];
   if (!strncmp(call, "LAUNCH(", 7)) call += 7;   // the emulator's way to write a launch
   snprintf(kernel, sizeof kernel, "%.*s", (int)strcspn(call, "<,("), call);
   cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) die("kernel %s did not start: %s", kernel, cudaGetErrorString(error));
   if (!opt.profile) return;
-  float milliseconds = 0;
-  int first = !mark[0];
-  for (int i = 0; i < 2; i++)
-    if (!mark[i]) CHECK(cudaEventCreate(&mark[i]));
-  CHECK(cudaEventRecord(mark[now], stream));
-  CHECK(cudaEventSynchronize(mark[now]));
-  if (!first) CHECK(cudaEventElapsedTime(&milliseconds, mark[!now], mark[now]));
-  profile_add(kernel, 1e-3 * milliseconds);
-  now = !now;
+  profile_add(kernel, 0);                // counts the call; the time follows in read_marks()
+  set_mark(profiled);
 }
