@@ -437,11 +437,25 @@ static void crossentropy_backward(Tensor loss, Tensor correct, Tensor row_lse, T
 // backward:
 //   datt[t,s] = dout[t].v[s];      dz[t,s] = att[t,s] (datt[t,s] - dout[t].out[t])
 //   dv[s] = sum_t att[t,s] dout[t];  dq[t] = sum_s dz[t,s] k[s] / sqrt(D);
-//   dk[s] = sum_t dz[t,s] q[t] / sqrt(D)
+//   dk[s] = sum_t dz[t,s] q[t] / sqrt(D)                     each sum over the pairs with s <= t
 //
-// This is the tiled form of train.c. A CUDA block takes SIDE queries (or SIDE keys) of one head,
-// and SIDE of its channels: all of a head of 64. A wider head has several blocks, each of which
-// computes att again. Everything is built from one operation, the product of two tiles in shared
+// train.c takes a few queries with all the keys that they see. Here a CUDA block takes SIDE queries
+// with SIDE keys at a time, a tile:
+//
+//   keys       0..63   64..127  128..191
+//   queries  +-------+--------+---------+
+//   0..63    | \     |        |         |    On the diagonal a query sees the keys up to its own,
+//   64..127  |  all  | \      |         |    below it all of them. Tiles above are skipped.
+//   128..191 |  all  |  all   | \       |
+//            +-------+--------+---------+
+//
+// So the softmax of a row goes over several tiles, without having seen the later ones: "online".
+// Keep the row's maximum and its sum of exp(z - maximum) so far; if a later tile has a larger
+// maximum, multiply what was summed by exp(old - new maximum); after the last tile divide by the
+// sum (Milakov and Gimelshein 2018; Dao et al. 2022).
+//
+// A CUDA block has one head, and SIDE of its channels: all of a head of 64. A wider head has
+// several blocks, each of which computes att again. Everything is built from one operation, the product of two tiles in shared
 // memory, x[k][row] and y[k][column]. Each thread has 8 x 4 numbers of the result in registers:
 //
 //   columns  0..3  4..7  ...  60..63       Thread 17 (TX = 1, TY = 1) has rows 4..7 and 36..39 of
