@@ -8,6 +8,16 @@ top=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp -d) || exit 1
 trap 'rm -rf "$work"' EXIT
 trap 'exit 130' INT TERM
+if [ $# -eq 0 ]; then                    # all: in two halves at the same time
+  sed -n 's/^== \([0-9]*\) .*/\1/p' "$top/.ci/exercises" >"$work/all"
+  "$0" $(awk '$1 <= 13' "$work/all") >"$work/first" &
+  "$0" $(awk '$1 > 13' "$work/all") >"$work/second"
+  wait
+  cat "$work/first" "$work/second" | awk '
+    /^[0-9]+ passed, [0-9]+ failed$/ { passed += $1; failed += $3; halves++; next } { print }
+    END { print passed + 0 " passed, " failed + 2 - halves " failed"; exit failed > 0 || halves < 2 }'
+  exit
+fi
 mkdir "$work/project" && cd "$top" &&
   cp -R Makefile train.c train_gpu.cu test_gradients.c .ci "$work/project" &&
   cd "$work/project" || exit 1
