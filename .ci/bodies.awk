@@ -9,7 +9,7 @@ BEGIN {
     "abort raise kill tgkill signal sigaction longjmp siglongjmp atexit on_exit system popen fork " \
     "vfork clone syscall dlopen dlsym mmap mprotect open openat creat fopen freopen fdopen read " \
     "pread fread fgets getchar getc fgetc scanf fscanf getline getenv setenv putenv environ stdin " \
-    "dup dup2 ptrace remove unlink rename main " \
+    "dup dup2 ptrace remove unlink rename main err errx verr verrx error opt count_verdict " \
     "gpu self in_hook areas area_of_code block_barrier", list, " ")
   for (i = 1; i <= n; i++) forbidden[list[i]] = 1
   ours = ARGV[2]
@@ -45,7 +45,7 @@ function scan(text,   i, c, two, word, before) {
         match(substr(text, i), /^[A-Za-z_0-9]*/)
         word = substr(text, i, RLENGTH)
         i += RLENGTH - 1
-        if (word in forbidden || word ~ /^(exec|posix_spawn|pthread_|__builtin_)/)
+        if (word in forbidden || word ~ /^(exec|posix_spawn|pthread_|__builtin_)|_unlocked$/)
           refuse(FNR, "`" word "` is not for a solution: it computes, and leaves the rest to the program")
         if (substr(text, i + 1, 1) ~ /["']/)
           refuse(FNR, "a quote directly behind `" word "`: write it without this prefix")
