@@ -35,6 +35,7 @@
 #ifndef REAL
 #define REAL double
 #endif
+#include <assert.h>
 #include <dirent.h>
 #define NO_MAIN                          // train.c's
 #define PROGRAM "test_gradients"
@@ -471,12 +472,12 @@ static WeightBias weight_bias(Tensor w, Tensor b) { WeightBias p = {w, b}; retur
 
 #define UNUSED(x) (void)(x)
 
-// fill: y[n,c] = 0.75. A layer without an input.
-static void fill_forward(Tensor y, int N, int C) { fill(y.data, (long)N*C, (real)0.75); }
+// fill: y[n,c] = C / 4. A layer without an input.
+static void fill_forward(Tensor y, int N, int C) { fill(y.data, (long)N*C, C / (real)4); }
 static void fill_backward(Tensor y, int N, int C) { UNUSED(y); UNUSED(N); UNUSED(C); }
 static void fill_plain(Shape s, double **x, const int *ids) {
   UNUSED(ids);
-  for (int i = 0; i < s.B * s.T * s.C; i++) x[0][i] = 0.75;
+  for (int i = 0; i < s.B * s.T * s.C; i++) x[0][i] = s.C / 4.0;
 }
 LAYER(fill, 0, (t[0], N, C), {"y", 'N', 'C', OUTPUT})
 

@@ -33,7 +33,6 @@
 //   make run                              trains on the default text, then writes a sample
 //   ./train shakespeare.txt --n_layer 6   any text; ./train --help lists the options
 
-#include <assert.h>
 #include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -954,8 +953,8 @@ static Head head_of(real *qkv, real *out, real *lse, long bh, int T, int C, int 
   return head;
 }
 
-// The plain form: for each query a loop over the keys. The fast form below gives the
-// same but for rounding.
+// The plain form: for each query a loop over the keys. The fast form below gives the same, but for
+// rounding.
 static real z_of(const real *q, const real *k, int D) {
   return SUM(real, d, D, q[d] * k[d]) / sqrt((real)D);
 }
@@ -1087,15 +1086,15 @@ enum { QUERIES = 96, KEYS = 256, STRIDE = KEYS + CACHE_LINE };   // ROWS divides
 static void attention_backward(Tensor out, Tensor lse, Tensor qkv, int B, int T, int C, int H) {
   if (PLAIN) { attention_plain_backward(out, lse, qkv, B, T, C, H); return; }
   int D = C / H;
-  long row = 3L*C, panels = (long)KEYS*padded(D);   // numbers in the panels of a packed operand
+  long row = 3L*C, size = (long)KEYS*padded(D);   // numbers in the panels of a packed operand
   real scale = 1 / sqrt((real)D);
   parallel_for (bh, B*H) {
     Head a = head_of(qkv.data, out.data, lse.data, bh, T, C, H);
     Head g = head_of(qkv.grad, out.grad, lse.data, bh, T, C, H);
-    real *att = scratch(2L*QUERIES*STRIDE + 5*panels), *dz = att + QUERIES*STRIDE;
-    real *k_panels = dz + QUERIES*STRIDE, *kT_panels = k_panels + panels;
-    real *vT_panels = kT_panels + panels, *q_panels = vT_panels + panels;
-    real *dout_panels = q_panels + panels;
+    real *att = scratch(2L*QUERIES*STRIDE + 5*size), *dz = att + QUERIES*STRIDE;
+    real *k_panels = dz + QUERIES*STRIDE, *kT_panels = k_panels + size;
+    real *vT_panels = kT_panels + size, *q_panels = vT_panels + size;
+    real *dout_panels = q_panels + size;
     for (long t = 0; t < T; t++)
       for (int d = 0; d < D; d++) g.q[t*row + d] = g.k[t*row + d] = g.v[t*row + d] = 0;
     for (long j = 0; j < T; j += KEYS) {         // keys from j on

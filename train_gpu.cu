@@ -455,8 +455,9 @@ static void crossentropy_backward(Tensor loss, Tensor correct, Tensor row_lse, T
 // sum (Milakov and Gimelshein 2018; Dao et al. 2022).
 //
 // A CUDA block has one head, and SIDE of its channels: all of a head of 64. A wider head has
-// several blocks, each of which computes att again. Everything is built from one operation, the product of two tiles in shared
-// memory, x[k][row] and y[k][column]. Each thread has 8 x 4 numbers of the result in registers:
+// several blocks, each of which computes att again. Everything is built from one operation, the
+// product of two tiles in shared memory, x[k][row] and y[k][column]. Each thread has 8 x 4 numbers
+// of the result in registers:
 //
 //   columns  0..3  4..7  ...  60..63       Thread 17 (TX = 1, TY = 1) has rows 4..7 and 36..39 of
 //   rows                                   columns 4..7. The SIDE/4 threads of a row are neighbours

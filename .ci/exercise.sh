@@ -72,6 +72,8 @@ wrong 7 "each row is off by a constant of its own" '/^static void layernorm_back
 wrong 9 'x[504], but it has 504 numbers, 0 to 503' '/fill_kernel(real/,/^}/ s/n - i/4/'
 wrong 10 'out[504], but it has 504 numbers, 0 to 503' '/residual_forward_kernel(real/,/^}/ s/store4(out + i, n - i/store4(out + i, 4/'
 wrong 12 'reads token[21], but it has 21 numbers' '/embedding_forward_kernel(real/,/^}/ s/if (n >= N) return;//'
+wrong 12 'do all of its lanes take part in each?' '/embedding_forward_kernel(real/,/^}/ s/int c = threadIdx.x % 32; c < C; c += 32/int c = threadIdx.x % 32 ? C : 0; c < C; c++/'
+wrong 9 'off by the factor 1.84615' '/fill_kernel(real/,/^}/ s/{{value, value, value, value}}/{{6, 6, 6, 6}}/'
 wrong 13 'the first failure: layernorm out' '/layernorm_forward_kernel(real/,/^}/ s/warp_sum(sum)/sum/'
 wrong 15 'and between the two no __syncthreads() is passed' '/double block_sum(/,/^}/ s/__syncthreads();//'
 wrong 15 '`in_hook` is not for a solution' '/double block_sum(/,/^}/ s/__shared__ double/in_hook = true; &/'

@@ -47,9 +47,9 @@
 //     [a J=adj]  with its article, "a red" or "an old"        [^A1]  with a capital
 //
 // In every tale A is the hero, M the mood, R the trade, T the town. Small letters belong to
-// phrases: telling [W] again would tell the [b=animal] inside that proverb again. There are few words, so
-// that a small model knows them after a minute; what takes it longer is to agree: the name, the
-// pronoun, the kettle that was lost and is found.
+// phrases: telling [W] again would tell the [b=animal] inside that proverb again. There are few
+// words, so that a small model knows them after a minute; what takes it longer is to agree: the
+// name, the pronoun, the kettle that was lost and is found.
 
 typedef struct { const char *name, *alternatives; } Rule;
 
