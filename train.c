@@ -1204,9 +1204,9 @@ enum {
 #define NOT_UNROLLED _Pragma("GCC unroll 1")        // else GCC unrolls, and then cannot vectorise
 #endif
 
-// Copies a matrix of depth x columns into a panel of depth x width, and pads it with zeros; fetches
-// what the next panel will need. The last loop copies what the others left. (With == in place of >=,
-// clang forgets that width is a constant.)
+// Copies a matrix of depth x columns into a panel of depth x width, and pads it with zeros. Fetches
+// what the next panel will need. The last loop copies what the others left. (With == for >=, clang
+// forgets that width is a constant.)
 __attribute__((always_inline))
 static inline void pack(real *panel, Matrix m, int depth, int columns, const int width) {
   int k = 0;
