@@ -1251,13 +1251,53 @@ static void check_rung(const char *name, int number, const char *precision) {
   expect(worst < bar, name, "%.1e, the worst element of %d products", worst, n);
 }
 
+// Attention on tensor cores against attention in fp32, which the layers above have checked. q, k, v
+// and dout are bf16, so their products are the same; att and dz are rounded to 8 bits in one only.
+static void check_attention_bf16(void) {
+  static const Shape shape[] = {{1, 1, 8, 1, 5, 5}, {2, 135, 150, 3, 5, 5}, {1, 130, 128, 2, 5, 5},
+                                {1, 70, 268, 2, 5, 5}};   // heads of 8, 50, 64 and 134 channels
+  double worst[3] = {0};
+  for (int i = 0; i < 4; i++) {
+    Case *c = make_case(&attention_layer, shape[i]);
+    Tensor *t = c->t;
+    const real *result[] = {t[0].data, t[1].data, t[2].grad};
+    long n = count_in(c, 0), count[] = {n, count_in(c, 1), 3*n};
+    for (long j = 0; j < n; j++) c->grad[0][j] = round_to_bf16(c->grad[0][j]);
+    for (long j = 0; j < 3*n; j++) c->data[2][j] = round_to_bf16(c->data[2][j]);
+    put(t[0].grad, c->grad[0], n);
+    put(t[2].data, c->data[2], 3*n);
+    double *want[3], *got[3];
+    for (int bf16 = 0; bf16 < 2; bf16++) {   // backward gets the same out in both
+      device_start(1, bf16 ? "bf16" : "fp32");
+      if (!bf16) launch(c->layer->forward, c);
+      launch(c->layer->backward, c);
+      if (bf16) launch(c->layer->forward, c);
+      check_untouched(c);
+      for (int k = 0; k < 3; k++)
+        get((bf16 ? got : want)[k] = new_doubles(count[k]), result[k], count[k]);
+    }
+    for (int k = 0; k < 3; k++) {
+      double size = norm_of(want[k], count[k]) / sqrt((double)count[k]);
+      for (long j = 0; j < count[k]; j++)
+        worst[k] = larger(worst[k], fabs(got[k][j] - want[k][j]) / size);
+    }
+  }
+  device_start(1, "fp32");
+  expect(worst[0] > 0 && worst[0] < 5e-3 && worst[1] < 1e-5 && worst[2] > 0 && worst[2] < 0.1,
+         "attention on tensor cores", "out %.1e, lse %.1e, d qkv %.1e from fp32", worst[0], worst[1],
+         worst[2]);
+}
+
 static void check_matmul_rungs(void) {
   printf("\nMatmul: transposed or not, at sizes that no tile divides; rungs of its ladder\n");
   if (!SEARCH_FOR_RACES) check_rung("1 plain", 1, "fp32");
   check_rung("2 shared memory", 2, "fp32");
   check_rung("3 registers", 3, "fp32");
   if (compute_capability < 80) printf("This GPU has no tensor cores for bf16: not checked\n");
-  else check_rung("4 tensor cores, bf16", 3, "bf16");
+  else {
+    check_rung("4 tensor cores, bf16", 3, "bf16");
+    check_attention_bf16();
+  }
 #ifdef EMULATED
   emulated_ptx = 75;                     // code for Turing, compiled anew by the driver
   device_start(1, "fp32");

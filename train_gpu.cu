@@ -472,17 +472,35 @@ static void crossentropy_backward(Tensor loss, Tensor correct, Tensor row_lse, T
 //
 //   x[d][t] = q[t][d]  y[d][s] = k[s][d]  ->  z[t][s], in registers: maximum, exp, sum of a row
 //   x[s][t] = z[t][s]  y[s][d] = v[s][d]  ->  out[t][d] += , in registers until the last tile
+//
+// With --precision bf16 the products are those of tensor cores (see section 6), and a warp has 16
+// whole rows of the result. What a lane then has of it are 2 rows and SIDE/4 columns, and just the
+// numbers that it needs as the left operand of the second product: z never leaves its registers.
+// Tiles of bf16 are small and need not be transposed, so those of a block's own rows are kept over
+// the whole loop, and one that several products read is loaded once. In fp32 q would need a third
+// tile of 16 KB, and only one block would fit on a multiprocessor of a T4 (64 KB); loading it again
+// is one instruction for each 50 multiply-adds.
 enum {
   SIDE = sizeof(real) == sizeof(float) && WARPS == 8 ? 64 : 32,   // two tiles of 64 x 64 doubles
                                          //   exceed 48 KB of shared memory; small CUDA blocks (the
                                          //   checker's) get 32, too
   SIDE_LANES = SIDE / 4,
-  SIDE_THREADS = SIDE/8 * SIDE/4
+  PART = 32,                             // numbers of a result that a thread has, at most
+  FP32_THREADS = SIDE/8 * SIDE/4,
+  BF16_THREADS = SIDE/16 * 32,
+  BF16_TILE = SIDE*SIDE*2                // bytes
 };
 #define TX ((int)threadIdx.x % SIDE_LANES)
 #define TY ((int)threadIdx.x / SIDE_LANES)
-#define ROW_OF(i) (TY*4 + (i)%4 + (i)/4*(SIDE/2))   // of this thread's number [i][j]
-#define COLUMN_OF(j) (TX*4 + (j))
+
+// A thread's numbers of a result are part[i*COLUMNS + j], i < ROWS and j < COLUMNS, and are in row
+// ROW_OF(i) and column COLUMN_OF(j) of it. `bf16` is a constant of the function that says so.
+#define LANES (bf16 ? 4 : SIDE_LANES)       // that have numbers of one row: neighbours
+#define ROWS (bf16 ? 2 : 8)
+#define COLUMNS (bf16 ? SIDE/4 : 4)
+#define ROW_OF(i) (bf16 ? (int)threadIdx.x/32*16 + (i)*8 + (int)threadIdx.x%32/4 \
+                        : TY*4 + (i)%4 + (i)/4*(SIDE/2))
+#define COLUMN_OF(j) (bf16 ? (j)/2*8 + (int)threadIdx.x%4*2 + (j)%2 : TX*4 + (j))
 
 // Where tile[r][c] is. Shared memory has 32 banks; number i of an array is in bank i % 32. A bank
 // serves one number at a time, so lanes that want different numbers of one bank wait for each
@@ -496,43 +514,77 @@ enum {
 //   rows 12..15   3     2      1       0         four numbers still is 16 aligned bytes.
 static __device__ __forceinline__ int at(int r, int c) { return r*SIDE + (c ^ r/4 % 4 * 8); }
 
-// tile[r][c] = x[r*row + c]; 0 beyond `rows` and `columns`. Four loads are on their way at once.
-static __device__ __forceinline__ void load_tile(real *tile, const real *x, long row, int rows,
-                                                 int columns) {
-  for (int r = TY, c = TX*4; r < SIDE; r += SIDE/2) {
+// SIDE rows of a head of q, k, v or dout: x[r*row + d], d < D
+typedef struct {
+  const real *x;
+  long row;
+  int rows;                              // how many exist
+  char *tile;                            // bf16: where they go in shared memory,
+  int held;                              //   and the first d of those that are there now, or -1
+} Rows;
+
+static __device__ __forceinline__ Rows rows_from(const real *x, long row, int first, int T,
+                                                 char *tile) {
+  return Rows{x + first*row, row, T - first, tile, -1};
+}
+
+// bf16, see section 6
+static __device__ __forceinline__ unsigned bf16_pair(real low, real high);
+static __device__ __forceinline__ void load_bf16(unsigned *x, const char *tile, int line, int k,
+                                                 int is_a, int side, int depth, int along);
+static __device__ __forceinline__ void mma_bf16(real *c, real *c8, const unsigned *x,
+                                                const unsigned *y);
+static __device__ __forceinline__ void store_bf16(char *tile, int row, int column, int columns,
+                                                  Real4 four);
+
+// tile[r][c] = x[r][d + c]; 0 beyond the rows and beyond D. Four loads are on their way at once.
+static __device__ __forceinline__ void load_tile(const int bf16, char *tile, const Rows *x, int d,
+                                                 int D) {
+  const int apart = (bf16 ? BF16_THREADS : FP32_THREADS) / SIDE_LANES;
+  int c = TX*4;
+  UNROLL for (int r = TY; r < SIDE; r += 4*apart) {
     Real4 v[4];
     UNROLL for (int l = 0; l < 4; l++)
-      v[l] = load4(x + (r + l*SIDE/8)*row + c, r + l*SIDE/8 < rows ? columns - c : 0);
-    UNROLL for (int l = 0; l < 4; l++) *(Real4 *)(tile + at(r + l*SIDE/8, c)) = v[l];
+      v[l] = load4(x->x + (r + l*apart)*x->row + d + c, r + l*apart < x->rows ? D - d - c : 0);
+    UNROLL for (int l = 0; l < 4; l++)
+      if (bf16) store_bf16(tile, r + l*apart, c, SIDE, v[l]);
+      else *(Real4 *)((real *)tile + at(r + l*apart, c)) = v[l];
   }
 }
 
-// tile[c][r] = x[r*row + c]. A warp takes 8 rows x 4 Real4: it loads 64 consecutive bytes of each
+// tile[c][r] = x[r][d + c]. A warp takes 8 rows x 4 Real4: it loads 64 consecutive bytes of each
 // row, and no two lanes store to the same bank.
-static __device__ __forceinline__ void load_transposed(real *tile, const real *x, long row,
-                                                       int rows, int columns) {
-  for (int c = threadIdx.x / 8 * 4; c < SIDE; c += SIDE_THREADS/2)
+static __device__ __forceinline__ void load_transposed(real *tile, const Rows *x, int d, int D) {
+  for (int c = threadIdx.x / 8 * 4; c < SIDE; c += FP32_THREADS/2)
     for (int r = threadIdx.x % 8; r < SIDE; r += 32) {
       Real4 v[4];
       UNROLL for (int l = 0; l < 4; l++)
-        v[l] = load4(x + (r + 8*l)*row + c, r + 8*l < rows ? columns - c : 0);
+        v[l] = load4(x->x + (r + 8*l)*x->row + d + c, r + 8*l < x->rows ? D - d - c : 0);
       UNROLL for (int l = 0; l < 4; l++)
         UNROLL for (int j = 0; j < 4; j++) tile[at(c + j, r + 8*l)] = v[l].at[j];
     }
 }
 
+// bf16: brings columns d, d + 1, ... of x to its tile, unless they are there
+static __device__ __forceinline__ void hold(Rows *x, int d, int D) {
+  if (x->held != d) load_tile(1, x->tile, x, d, D);
+  x->held = d;
+}
+
 // tile[column][row] = this thread's part of a result, which becomes the x of the next product
-static __device__ __forceinline__ void store_tile(real *tile, real (*part)[4]) {
+static __device__ __forceinline__ void store_part(real *tile, const real *part) {
+  const int bf16 = 0;
   UNROLL for (int j = 0; j < 4; j++)
     UNROLL for (int i = 0; i < 8; i += 4)
       *(Real4 *)(tile + at(COLUMN_OF(j), ROW_OF(i))) =
-          Real4{{part[i][j], part[i + 1][j], part[i + 2][j], part[i + 3][j]}};
+          Real4{{part[i*4 + j], part[i*4 + 4 + j], part[i*4 + 8 + j], part[i*4 + 12 + j]}};
 }
 
 // sum[row][column] += sum over k < depth of x[k][row] y[k][column], four k at a time: the tiles are
 // 0 from depth on
-static __device__ __forceinline__ void multiply_tiles(real (*sum)[4], const real *x, const real *y,
+static __device__ __forceinline__ void multiply_tiles(real *sum, const real *x, const real *y,
                                                       int depth) {
+  const int bf16 = 0;
   for (int k = 0; k < depth; k += 4) {
     const real *x0 = x + at(k, ROW_OF(0)), *x4 = x + at(k, ROW_OF(4));
     const real *y0 = y + at(k, COLUMN_OF(0));
@@ -540,95 +592,130 @@ static __device__ __forceinline__ void multiply_tiles(real (*sum)[4], const real
       Real4 a[2] = {*(const Real4 *)(x0 + l*SIDE), *(const Real4 *)(x4 + l*SIDE)};
       Real4 b = *(const Real4 *)(y0 + l*SIDE);
       UNROLL for (int i = 0; i < 8; i++)
-        UNROLL for (int j = 0; j < 4; j++) sum[i][j] += a[i / 4].at[i % 4] * b.at[j];
+        UNROLL for (int j = 0; j < 4; j++) sum[i*4 + j] += a[i / 4].at[i % 4] * b.at[j];
     }
   }
 }
 
-// sum[i][j] = x[i].y[j], for rows of D numbers that are x_row and y_row apart; x_rows and y_rows of
-// them exist.
-static __device__ __forceinline__ void dot_rows(real (*sum)[4], real *x_tile, real *y_tile,
-                                                const real *x, int x_rows, const real *y,
-                                                int y_rows, long x_row, long y_row, int D) {
-  UNROLL for (int i = 0; i < 8; i++)
-    UNROLL for (int j = 0; j < 4; j++) sum[i][j] = 0;
-  for (int d = 0; d < D; d += SIDE) {
-    __syncthreads();                     // the last product has read the tiles
-    load_transposed(x_tile, x + d, x_row, x_rows, D - d);
-    load_transposed(y_tile, y + d, y_row, y_rows, D - d);
-    __syncthreads();                     // the tiles have been written
-    multiply_tiles(sum, x_tile, y_tile, MIN(SIDE, D - d));
+// The same on tensor cores, for the warp's 16 rows and 16 numbers of k. x is the A of mma_bf16().
+static __device__ __forceinline__ void multiply_strip(real *sum, const unsigned *x,
+                                                      const char *y_tile, int k, int along) {
+  UNROLL for (int e = 0; e < SIDE/4; e += 4) {   // 16 columns, of which a lane has 4
+    unsigned y[4];
+    load_bf16(y, y_tile, 4*e, k, 0, SIDE/8, SIDE, along);
+    mma_bf16(sum + e, sum + SIDE/4 + e, x, y);
+    mma_bf16(sum + e + 2, sum + SIDE/4 + e + 2, x, y + 2);
   }
 }
 
-// sum[i] += sum_k part[i][k] y[k], for a result `part` and rows y[k] of `columns` numbers
-static __device__ __forceinline__ void add_product(real (*sum)[4], real *x_tile, real *y_tile,
-                                                   real (*part)[4], const real *y, long y_row,
-                                                   int y_rows, int columns) {
+// sum[i][j] = x[i].y[j]
+static __device__ __forceinline__ void dot_rows(const int bf16, real *sum, real *shared, Rows *x,
+                                                Rows *y, int D) {
+  UNROLL for (int n = 0; n < PART; n++) sum[n] = 0;
+  for (int d = 0; d < D; d += SIDE) {
+    __syncthreads();                     // the last product has read the tiles
+    if (bf16) {
+      hold(x, d, D);
+      hold(y, d, D);
+    } else {
+      load_transposed(shared, x, d, D);
+      load_transposed(shared + SIDE*SIDE, y, d, D);
+    }
+    __syncthreads();                     // the tiles have been written
+    if (!bf16) multiply_tiles(sum, shared, shared + SIDE*SIDE, MIN(SIDE, D - d));
+    else
+      UNROLL for (int k = 0; k < SIDE; k += 16) {
+        unsigned a[4];
+        load_bf16(a, x->tile, threadIdx.x/32*16, k, 1, SIDE/8, SIDE, 1);
+        multiply_strip(sum, a, y->tile, k, 1);
+      }
+  }
+}
+
+// sum[i] += sum_k part[i][k] y[k], for a result `part`, and of each y[k] the columns from d on
+static __device__ __forceinline__ void add_product(const int bf16, real *sum, real *shared,
+                                                   const real *part, Rows *y, int d, int D) {
   __syncthreads();                       // the last product has read the tiles
-  store_tile(x_tile, part);
-  load_tile(y_tile, y, y_row, y_rows, columns);
+  if (bf16) hold(y, d, D);
+  else {
+    store_part(shared, part);
+    load_tile(0, (char *)(shared + SIDE*SIDE), y, d, D);
+  }
   __syncthreads();                       // the tiles have been written
-  multiply_tiles(sum, x_tile, y_tile, MIN(SIDE, y_rows));
+  if (!bf16) multiply_tiles(sum, shared, shared + SIDE*SIDE, MIN(SIDE, y->rows));
+  else
+    UNROLL for (int k = 0; k < SIDE; k += 16) {
+      unsigned a[4];
+      UNROLL for (int i = 0; i < 4; i++) {
+        const real *pair = part + i%2*COLUMNS + k/4 + i/2*2;
+        a[i] = bf16_pair(pair[0], pair[1]);
+      }
+      multiply_strip(sum, a, y->tile, k, 0);
+    }
 }
 
 // x[i] = this thread's part of a result, for the rows and columns that exist
-static __device__ __forceinline__ void store_rows(real *x, long row, int rows, int columns,
-                                                  real (*part)[4]) {
-  UNROLL for (int i = 0; i < 8; i++)
-    if (ROW_OF(i) < rows)
-      store4(x + ROW_OF(i)*row + COLUMN_OF(0), columns - COLUMN_OF(0),
-             Real4{{part[i][0], part[i][1], part[i][2], part[i][3]}});
+static __device__ __forceinline__ void store_rows(const int bf16, real *x, long row, int rows,
+                                                  int columns, const real *part) {
+  const int n = bf16 ? 2 : 4;            // consecutive numbers
+  UNROLL for (int i = 0; i < ROWS; i++)
+    UNROLL for (int j = 0; j < COLUMNS; j += n) {
+      const real *p = part + i*COLUMNS + j;
+      if (ROW_OF(i) < rows)
+        store4(x + ROW_OF(i)*row + COLUMN_OF(j), MIN(n, columns - COLUMN_OF(j)),
+               Real4{{p[0], p[1], p[n - 2], p[n - 1]}});
+    }
 }
 
-static __global__ void __launch_bounds__(SIDE_THREADS, 3)
-attention_forward_kernel(real *out, real *lse, const real *qkv, int T, int C, int H) {
-  __shared__ __align__(16) real x_tile[SIDE*SIDE], y_tile[SIDE*SIDE];
-  int D = C / H, b = blockIdx.x / H, h = blockIdx.x % H, d0 = blockIdx.z * SIDE;
+typedef struct {                         // what the kernels read and write
+  real *out, *lse, *dqkv, *dout_dot_out;
+  const real *qkv, *dout;
+  int T, C, H;
+} Attention;
+
+static __device__ __forceinline__ void attention_forward_tile(const int bf16, Attention p,
+                                                              char *shared) {
+  int T = p.T, D = p.C / p.H, b = blockIdx.x / p.H, h = blockIdx.x % p.H, d0 = blockIdx.z * SIDE;
   int i = (gridDim.y - 1 - blockIdx.y) * SIDE;   // the last have the most work: they start first
-  long row = 3L*C;
-  const real *q = qkv + b*T*row + h*D, *k = q + C, *v = k + C;
-  real scale = 1 / sqrt((real)D), z[8][4], o[8][4] = {{0}}, max[8], sum[8];
-  UNROLL for (int r = 0; r < 8; r++) max[r] = -INFINITY, sum[r] = 0;
+  long row = 3L*p.C;
+  const real *q = p.qkv + b*T*row + h*D, *k = q + p.C, *v = k + p.C;
+  Rows q_i = rows_from(q, row, i, T, shared);
+  real scale = 1 / sqrt((real)D), z[PART], o[PART] = {0}, max[8], sum[8];
+  UNROLL for (int r = 0; r < ROWS; r++) max[r] = -INFINITY, sum[r] = 0;
   for (int j = 0; j <= i; j += SIDE) {
-    dot_rows(z, x_tile, y_tile, q + i*row, T - i, k + j*row, T - j, row, row, D);
-    UNROLL for (int r = 0; r < 8; r++) {
+    Rows k_j = rows_from(k, row, j, T, shared + BF16_TILE);
+    Rows v_j = rows_from(v, row, j, T, shared + 2*BF16_TILE);
+    dot_rows(bf16, z, (real *)shared, &q_i, &k_j, D);
+    UNROLL for (int r = 0; r < ROWS; r++) {
       int seen = i + ROW_OF(r) - j + 1;  // keys s <= t; at least one in each tile
-      real tile_max = max[r];
-      UNROLL for (int c = 0; c < 4; c++) {
-        z[r][c] *= scale;
-        if (COLUMN_OF(c) < seen) tile_max = MAX(tile_max, z[r][c]);
+      real tile_max = max[r], *z_r = z + r*COLUMNS, *o_r = o + r*COLUMNS;
+      UNROLL for (int c = 0; c < COLUMNS; c++) {
+        z_r[c] *= scale;
+        if (COLUMN_OF(c) < seen) tile_max = MAX(tile_max, z_r[c]);
       }
-      for (int lanes = SIDE_LANES / 2; lanes > 0; lanes /= 2) {
+      for (int lanes = LANES / 2; lanes > 0; lanes /= 2) {
         real other = __shfl_xor_sync(ALL_LANES, tile_max, lanes);
         tile_max = MAX(tile_max, other);
       }
       real rescale = exp_(max[r] - tile_max);   // 0 the first time
       max[r] = tile_max;
       sum[r] *= rescale;
-      UNROLL for (int c = 0; c < 4; c++) {
-        o[r][c] *= rescale;
-        z[r][c] = COLUMN_OF(c) < seen ? exp_(z[r][c] - tile_max) : 0;
-        sum[r] += z[r][c];               // of this thread's columns; see below
+      UNROLL for (int c = 0; c < COLUMNS; c++) {
+        o_r[c] *= rescale;
+        z_r[c] = COLUMN_OF(c) < seen ? exp_(z_r[c] - tile_max) : 0;
+        sum[r] += z_r[c];                // of this thread's columns; see below
       }
     }
-    add_product(o, x_tile, y_tile, z, v + j*row + d0, row, T - j, D - d0);
+    add_product(bf16, o, (real *)shared, z, &v_j, d0, D);
   }
-  UNROLL for (int r = 0; r < 8; r++) {
-    for (int lanes = SIDE_LANES / 2; lanes > 0; lanes /= 2)   // of all columns
+  UNROLL for (int r = 0; r < ROWS; r++) {
+    for (int lanes = LANES / 2; lanes > 0; lanes /= 2)   // of all columns
       sum[r] += __shfl_xor_sync(ALL_LANES, sum[r], lanes);
-    UNROLL for (int c = 0; c < 4; c++) o[r][c] /= sum[r];
-    if (TX == 0 && d0 == 0 && i + ROW_OF(r) < T)
-      lse[(long)blockIdx.x*T + i + ROW_OF(r)] = max[r] + log(sum[r]);
+    UNROLL for (int c = 0; c < COLUMNS; c++) o[r*COLUMNS + c] /= sum[r];
+    if (COLUMN_OF(0) == 0 && d0 == 0 && i + ROW_OF(r) < T)
+      p.lse[(long)blockIdx.x*T + i + ROW_OF(r)] = max[r] + log(sum[r]);
   }
-  store_rows(out + ((long)b*T + i)*C + h*D + d0, C, T - i, D - d0, o);
-}
-
-static void attention_forward(Tensor out, Tensor lse, Tensor qkv, int B, int T, int C, int H) {
-  dim3 grid(B*H, blocks(T, SIDE), blocks(C/H, SIDE));
-  RUN(attention_forward_kernel<<<grid, SIDE_THREADS, 0, stream>>>(
-      out.data, lse.data, qkv.data, T, C, H));
-  profile_flop(2.0*B*T*T*C);
+  store_rows(bf16, p.out + ((long)b*T + i)*p.C + h*D + d0, p.C, T - i, D - d0, o);
 }
 
 // dout_dot_out[b,h,t] = dout[t].out[t]
@@ -646,81 +733,109 @@ static __global__ void attention_backward_dot(real *dout_dot_out, const real *ou
 // dq: a CUDA block owns SIDE queries and goes through the keys that they see. In C one loop adds
 // dq, dk and dv, since one thread owns the whole head; here dk and dv have a kernel of their own,
 // in which a block owns keys.
+static __device__ __forceinline__ void attention_backward_q_tile(const int bf16, Attention p,
+                                                                 char *shared) {
+  int T = p.T, D = p.C / p.H, b = blockIdx.x / p.H, h = blockIdx.x % p.H, d0 = blockIdx.z * SIDE;
+  int i = (gridDim.y - 1 - blockIdx.y) * SIDE;
+  long row = 3L*p.C, head = b*T*row + h*D, first = (long)blockIdx.x * T;   // of lse, dout_dot_out
+  const real *q = p.qkv + head, *k = q + p.C, *v = k + p.C;
+  Rows q_i = rows_from(q, row, i, T, shared);
+  Rows dout_i = rows_from(p.dout + (long)b*T*p.C + h*D, p.C, i, T, shared + BF16_TILE);
+  real scale = 1 / sqrt((real)D), z[PART], dz[PART], dq[PART] = {0}, lse[8], dot[8];
+  UNROLL for (int r = 0; r < ROWS; r++) {
+    int t = i + ROW_OF(r);
+    lse[r] = t < T ? p.lse[first + t] : 0;
+    dot[r] = t < T ? p.dout_dot_out[first + t] : 0;
+  }
+  for (int j = 0; j <= i; j += SIDE) {
+    Rows k_j = rows_from(k, row, j, T, shared + 2*BF16_TILE);
+    Rows v_j = rows_from(v, row, j, T, shared + 3*BF16_TILE);
+    dot_rows(bf16, z, (real *)shared, &q_i, &k_j, D);
+    dot_rows(bf16, dz, (real *)shared, &dout_i, &v_j, D);   // datt
+    UNROLL for (int r = 0; r < ROWS; r++)
+      UNROLL for (int c = 0; c < COLUMNS; c++) {
+        int t = i + ROW_OF(r), s = j + COLUMN_OF(c), n = r*COLUMNS + c;
+        real att = s <= t && t < T ? exp_(z[n] * scale - lse[r]) : 0;
+        dz[n] = att * (dz[n] - dot[r]) * scale;
+      }
+    add_product(bf16, dq, (real *)shared, dz, &k_j, d0, D);
+  }
+  store_rows(bf16, p.dqkv + head + i*row + d0, row, T - i, D - d0, dq);
+}
+
+// dk and dv: a CUDA block owns SIDE keys and goes through the queries that see them. So here the
+// rows of a tile are keys s, and the columns are queries t.
+static __device__ __forceinline__ void attention_backward_kv_tile(const int bf16, Attention p,
+                                                                  char *shared) {
+  int T = p.T, D = p.C / p.H, b = blockIdx.x / p.H, h = blockIdx.x % p.H, d0 = blockIdx.z * SIDE;
+  int j = blockIdx.y * SIDE;
+  long row = 3L*p.C, head = b*T*row + h*D, first = (long)blockIdx.x * T;
+  const real *q = p.qkv + head, *dout = p.dout + (long)b*T*p.C + h*D;
+  Rows k_j = rows_from(q + p.C, row, j, T, shared);
+  Rows v_j = rows_from(q + 2*p.C, row, j, T, shared + BF16_TILE);
+  real scale = 1 / sqrt((real)D), z[PART], dz[PART], dk[PART] = {0}, dv[PART] = {0};
+  for (int i = j; i < T; i += SIDE) {
+    Rows q_i = rows_from(q, row, i, T, shared + 2*BF16_TILE);
+    Rows dout_i = rows_from(dout, p.C, i, T, shared + 3*BF16_TILE);
+    dot_rows(bf16, z, (real *)shared, &k_j, &q_i, D);
+    dot_rows(bf16, dz, (real *)shared, &v_j, &dout_i, D);   // datt
+    UNROLL for (int c = 0; c < COLUMNS; c++) {
+      int t = i + COLUMN_OF(c);
+      real lse = t < T ? p.lse[first + t] : 0, dot = t < T ? p.dout_dot_out[first + t] : 0;
+      UNROLL for (int r = 0; r < ROWS; r++) {
+        int n = r*COLUMNS + c;
+        z[n] = j + ROW_OF(r) <= t && t < T ? exp_(z[n] * scale - lse) : 0;   // att
+        dz[n] = z[n] * (dz[n] - dot) * scale;
+      }
+    }
+    add_product(bf16, dv, (real *)shared, z, &dout_i, d0, D);
+    add_product(bf16, dk, (real *)shared, dz, &q_i, d0, D);
+  }
+  store_rows(bf16, p.dqkv + head + p.C + j*row + d0, row, T - j, D - d0, dk);
+  store_rows(bf16, p.dqkv + head + 2*p.C + j*row + d0, row, T - j, D - d0, dv);
+}
+
+// The kernels are these functions with `bf16` decided.
 //
 // Occupancy: while a warp waits for memory or at a barrier, its multiprocessor runs another one.
 // How many CUDA blocks fit on it at once depends on their shared memory, threads and registers, of
 // which it has 65536. The second launch bound asks the compiler for so few registers that this
 // many fit.
-static __global__ void __launch_bounds__(SIDE_THREADS, 2)
-attention_backward_q(real *dqkv, const real *qkv, const real *dout, const real *lse,
-                     const real *dout_dot_out, int T, int C, int H) {
-  __shared__ __align__(16) real x_tile[SIDE*SIDE], y_tile[SIDE*SIDE];
-  int D = C / H, b = blockIdx.x / H, h = blockIdx.x % H, d0 = blockIdx.z * SIDE;
-  int i = (gridDim.y - 1 - blockIdx.y) * SIDE;
-  long row = 3L*C, head = b*T*row + h*D, first = (long)blockIdx.x * T;   // of lse, dout_dot_out
-  const real *q = qkv + head, *k = q + C, *v = k + C;
-  const real *dout_i = dout + ((long)b*T + i)*C + h*D;
-  real scale = 1 / sqrt((real)D), z[8][4], dz[8][4], dq[8][4] = {{0}}, lse_t[8], dot_t[8];
-  UNROLL for (int r = 0; r < 8; r++) {
-    int t = i + ROW_OF(r);
-    lse_t[r] = t < T ? lse[first + t] : 0;
-    dot_t[r] = t < T ? dout_dot_out[first + t] : 0;
+#define ATTENTION_KERNEL(name, tile, bf16, at_once)                                           \
+  static __global__ void __launch_bounds__((bf16) ? BF16_THREADS : FP32_THREADS, at_once)     \
+  name(Attention p) {                                                                         \
+    __shared__ __align__(16) char shared[2*SIDE*SIDE*sizeof(real)];   /* or 4 BF16_TILE */    \
+    tile(bf16, p, shared);                                                                    \
   }
-  for (int j = 0; j <= i; j += SIDE) {
-    dot_rows(z, x_tile, y_tile, q + i*row, T - i, k + j*row, T - j, row, row, D);
-    dot_rows(dz, x_tile, y_tile, dout_i, T - i, v + j*row, T - j, C, row, D);   // datt
-    UNROLL for (int r = 0; r < 8; r++)
-      UNROLL for (int c = 0; c < 4; c++) {
-        int t = i + ROW_OF(r), s = j + COLUMN_OF(c);
-        real att = s <= t && t < T ? exp_(z[r][c] * scale - lse_t[r]) : 0;
-        dz[r][c] = att * (dz[r][c] - dot_t[r]) * scale;
-      }
-    add_product(dq, x_tile, y_tile, dz, k + j*row + d0, row, T - j, D - d0);
-  }
-  store_rows(dqkv + head + i*row + d0, row, T - i, D - d0, dq);
-}
+ATTENTION_KERNEL(attention_forward_fp32, attention_forward_tile, 0, 3)
+ATTENTION_KERNEL(attention_forward_bf16, attention_forward_tile, 1, 4)
+ATTENTION_KERNEL(attention_backward_q_fp32, attention_backward_q_tile, 0, 2)
+ATTENTION_KERNEL(attention_backward_q_bf16, attention_backward_q_tile, 1, 3)
+ATTENTION_KERNEL(attention_backward_kv_fp32, attention_backward_kv_tile, 0, 2)
+ATTENTION_KERNEL(attention_backward_kv_bf16, attention_backward_kv_tile, 1, 2)
 
-// dk and dv: a CUDA block owns SIDE keys and goes through the queries that see them. So here the
-// rows of a tile are keys s, and the columns are queries t.
-static __global__ void __launch_bounds__(SIDE_THREADS, 2)
-attention_backward_kv(real *dqkv, const real *qkv, const real *dout, const real *lse,
-                      const real *dout_dot_out, int T, int C, int H) {
-  __shared__ __align__(16) real x_tile[SIDE*SIDE], y_tile[SIDE*SIDE];
-  int D = C / H, b = blockIdx.x / H, h = blockIdx.x % H, d0 = blockIdx.z * SIDE;
-  int j = blockIdx.y * SIDE;
-  long row = 3L*C, head = b*T*row + h*D, first = (long)blockIdx.x * T;
-  const real *q = qkv + head, *k = q + C, *v = k + C;
-  real scale = 1 / sqrt((real)D), z[8][4], dz[8][4], dk[8][4] = {{0}}, dv[8][4] = {{0}};
-  for (int i = j; i < T; i += SIDE) {
-    const real *dout_i = dout + ((long)b*T + i)*C + h*D;
-    dot_rows(z, x_tile, y_tile, k + j*row, T - j, q + i*row, T - i, row, row, D);
-    dot_rows(dz, x_tile, y_tile, v + j*row, T - j, dout_i, T - i, row, C, D);   // datt
-    UNROLL for (int c = 0; c < 4; c++) {
-      int t = i + COLUMN_OF(c);
-      real lse_t = t < T ? lse[first + t] : 0, dot_t = t < T ? dout_dot_out[first + t] : 0;
-      UNROLL for (int r = 0; r < 8; r++) {
-        z[r][c] = j + ROW_OF(r) <= t && t < T ? exp_(z[r][c] * scale - lse_t) : 0;   // att
-        dz[r][c] = z[r][c] * (dz[r][c] - dot_t) * scale;
-      }
-    }
-    add_product(dv, x_tile, y_tile, z, dout_i + d0, C, T - i, D - d0);
-    add_product(dk, x_tile, y_tile, dz, q + i*row + d0, row, T - i, D - d0);
-  }
-  store_rows(dqkv + head + C + j*row + d0, row, T - j, D - d0, dk);
-  store_rows(dqkv + head + 2*C + j*row + d0, row, T - j, D - d0, dv);
+static void attention_forward(Tensor out, Tensor lse, Tensor qkv, int B, int T, int C, int H) {
+  Attention p = {out.data, lse.data, NULL, NULL, qkv.data, NULL, T, C, H};
+  dim3 grid(B*H, blocks(T, SIDE), blocks(C/H, SIDE));
+  if (use_bf16) RUN(attention_forward_bf16<<<grid, BF16_THREADS, 0, stream>>>(p));
+  else RUN(attention_forward_fp32<<<grid, FP32_THREADS, 0, stream>>>(p));
+  profile_flop(2.0*B*T*T*C);
 }
 
 static void attention_backward(Tensor out, Tensor lse, Tensor qkv, int B, int T, int C, int H) {
+  Attention p = {out.data, lse.data, qkv.grad, scratch, qkv.data, out.grad, T, C, H};
   dim3 grid(B*H, blocks(T, SIDE), blocks(C/H, SIDE));
   if ((long)B*H*T > n_scratch)
     die("attention of %d x %d x %d rows needs more scratch memory: lower --batch_size", B, H, T);
-  real *dout_dot_out = scratch;
   RUN(attention_backward_dot<<<blocks((long)B*H*T, WARPS), THREADS, 0, stream>>>(
-      dout_dot_out, out.data, out.grad, B, T, C, H));
-  RUN(attention_backward_q<<<grid, SIDE_THREADS, 0, stream>>>(
-      qkv.grad, qkv.data, out.grad, lse.data, dout_dot_out, T, C, H));
-  RUN(attention_backward_kv<<<grid, SIDE_THREADS, 0, stream>>>(
-      qkv.grad, qkv.data, out.grad, lse.data, dout_dot_out, T, C, H));
+      scratch, out.data, out.grad, B, T, C, H));
+  if (use_bf16) {
+    RUN(attention_backward_q_bf16<<<grid, BF16_THREADS, 0, stream>>>(p));
+    RUN(attention_backward_kv_bf16<<<grid, BF16_THREADS, 0, stream>>>(p));
+  } else {
+    RUN(attention_backward_q_fp32<<<grid, FP32_THREADS, 0, stream>>>(p));
+    RUN(attention_backward_kv_fp32<<<grid, FP32_THREADS, 0, stream>>>(p));
+  }
   profile_flop(5.0*B*T*T*C);
 }
 
@@ -915,15 +1030,16 @@ static __device__ __forceinline__ void load_bf16(unsigned *x, const char *tile, 
 
 // C += A B by a whole warp, C (16,8), A (16,16), B (16,8). With g = lane / 4 and t = lane % 4, a
 // lane holds A[g][2t] and A[g][2t+1] in x[0], the same of row g + 8 in x[1], and both of 8 more k
-// in x[2] and x[3]; B[2t][g] and B[2t+1][g] in y[0], of 8 more k in y[1]; and of C
-// c = C[g][2t], C[g][2t+1], C[g+8][2t], C[g+8][2t+1].
-static __device__ __forceinline__ void mma_bf16(real *c, const unsigned *x, const unsigned *y) {
-  float s[4] = {(float)c[0], (float)c[1], (float)c[2], (float)c[3]};
+// in x[2] and x[3]; B[2t][g] and B[2t+1][g] in y[0], of 8 more k in y[1]; C[g][2t] and C[g][2t+1]
+// in c, and those of row g + 8 in c8.
+static __device__ __forceinline__ void mma_bf16(real *c, real *c8, const unsigned *x,
+                                                const unsigned *y) {
+  float s[4] = {(float)c[0], (float)c[1], (float)c8[0], (float)c8[1]};
   PTX(s, x, y, "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
       "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(s[0]), "+f"(s[1]), "+f"(s[2]), "+f"(s[3])
       : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(y[0]), "r"(y[1]));
-  UNROLL for (int i = 0; i < 4; i++) c[i] = s[i];
+  UNROLL for (int i = 0; i < 2; i++) c[i] = s[i], c8[i] = s[2 + i];
 }
 
 // The products of some k, for the warp's 32 x 64 of C: 2 x 8 results of mma_bf16()
@@ -936,14 +1052,21 @@ static __device__ __forceinline__ void multiply_bf16(real (*sum)[8], const char 
     UNROLL for (int e = 0; e < 8; e += 2) {
       load_bf16(y, b, j + 8*e, k, 0, side, depth, b_along);
       UNROLL for (int r = 0; r < 2; r++) {
-        mma_bf16(sum[e] + 4*r, x[r], y);
-        mma_bf16(sum[e + 1] + 4*r, x[r], y + 2);
+        mma_bf16(sum[e] + 4*r, sum[e] + 4*r + 2, x[r], y);
+        mma_bf16(sum[e + 1] + 4*r, sum[e + 1] + 4*r + 2, x[r], y + 2);
       }
     }
   }
 }
 
 typedef struct __align__(8) { unsigned at[2]; } FourBf16;
+
+static __device__ __forceinline__ void store_bf16(char *tile, int row, int column, int columns,
+                                                  Real4 four) {
+  const real *x = four.at;
+  *(FourBf16 *)(tile + 2*bf16_at(row, column, columns)) =
+      FourBf16{{bf16_pair(x[0], x[1]), bf16_pair(x[2], x[3])}};
+}
 
 // From registers to shared memory. In fp32, if `along`, a warp stores at once the numbers of 16
 // lines in two rows, k and k + 4. These are 4 * (128 + PAD) numbers apart, which is 16 banks from
@@ -954,12 +1077,10 @@ static __device__ __forceinline__ void put(char *tile, const Real4 *four, const 
   real *t = (real *)tile;
   UNROLL for (int l = 0; l < 2*depth/side; l++) {
     int line = r->line + along * l * (4*side*side/depth), k = r->k + !along * l * (side/2);
-    const real *x = four[l].at;
-    if (bf16) {
-      int at = along ? bf16_at(line, k, depth) : bf16_at(k, line, 8*side);
-      *(FourBf16 *)(tile + 2*at) = FourBf16{{bf16_pair(x[0], x[1]), bf16_pair(x[2], x[3])}};
-    } else if (along) {
-      UNROLL for (int j = 0; j < 4; j++) t[(k + j)*row + line] = x[j];
+    if (bf16 && along) store_bf16(tile, line, k, depth, four[l]);
+    else if (bf16) store_bf16(tile, k, line, 8*side, four[l]);
+    else if (along) {
+      UNROLL for (int j = 0; j < 4; j++) t[(k + j)*row + line] = four[l].at[j];
     } else *(Real4 *)(t + k*row + line) = four[l];
   }
 }
