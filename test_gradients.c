@@ -1283,9 +1283,9 @@ static void check_attention_bf16(void) {
     }
   }
   device_start(1, "fp32");
-  expect(worst[0] > 0 && worst[0] < 5e-3 && worst[1] < 1e-5 && worst[2] > 0 && worst[2] < 0.1,
-         "attention on tensor cores", "out %.1e, lse %.1e, d qkv %.1e from fp32", worst[0], worst[1],
-         worst[2]);
+  expect(worst[0] > 0 && worst[0] < 5e-3 && worst[1] < 1e-5 && worst[2] > 0 && worst[2] < 0.05,
+         "attention on tensor cores", "out %.1e, lse %.1e, d qkv %.1e from fp32",
+         worst[0], worst[1], worst[2]);
 }
 
 static void check_matmul_rungs(void) {
@@ -1313,12 +1313,18 @@ static void fill_often(void *x) {
   for (int i = 0; i < 2500; i++) fill((real *)x, 1, 0);
 }
 
+static void multiply_once(void *x) {
+  Matrix m = rows_of((real *)x, 4);
+  matmul(m, m, m, 16, 4, 1, SET, NULL);  // which writes what it reads: only its time counts
+}
+
 static void check_profile(void) {
-  real *x = (real *)device_alloc(sizeof *x), y;
+  real *x = (real *)device_alloc(64 * sizeof *x), y;
   profiled = profile;
   memset(profile, 0, sizeof profile);
   opt.profile = 1;
   launch(fill_often, x);
+  launch(multiply_once, x);
   copy_out(&y, x, sizeof y);
   opt.profile = 0;
   double ms = profile->seconds * 1e3 / 2500;
@@ -1329,6 +1335,14 @@ static void check_profile(void) {
 #endif
   expect(ok && !strcmp(profile->name, "fill_kernel") && profile->calls == 2500, "--profile",
          "%ld launches of %s of %.3f ms", profile->calls, profile->name, ms);
+#ifdef EMULATED
+  char share[64];
+  snprintf(share, sizeof share, "%s", profile_share(profile));
+  expect(!strcmp(share, IS_DOUBLE ? "  50.0 % of the bandwidth" : "  25.0 % of the bandwidth"),
+         "--profile", "of fill:%s", share);
+  expect(!strcmp(profile_share(profile + 1), "  50.0 % of the peak"), "--profile", "of matmul:%s",
+         profile_share(profile + 1));
+#endif
 }
 #endif
 
@@ -2934,6 +2948,14 @@ CALL cudaGetDeviceCount(int *n) { *n = 1; return cudaSuccess; }
 CALL cudaSetDevice(int) { return cudaSuccess; }
 CALL cudaGetDeviceProperties(cudaDeviceProp *p, int) {
   *p = {"an emulated GPU", 2, 8, 0, 64 << 20};   // so small that small matrices occupy it
+  return cudaSuccess;
+}
+// A kilohertz; memory of 8 bits and 8 kilohertz. With this, a launch takes a millisecond.
+enum cudaDeviceAttr {
+  cudaDevAttrClockRate, cudaDevAttrMemoryClockRate, cudaDevAttrGlobalMemoryBusWidth
+};
+CALL cudaDeviceGetAttribute(int *value, cudaDeviceAttr a, int) {
+  *value = a == cudaDevAttrClockRate ? 1 : 8;
   return cudaSuccess;
 }
 CALL cudaFuncGetAttributes(cudaFuncAttributes *a, const void *) {

@@ -70,6 +70,7 @@ static void check(cudaError_t error, const char *call, const char *file, int lin
 // --profile; see section 7.
 #define RUN(...) do { launching(); __VA_ARGS__; launched(#__VA_ARGS__); } while (0)
 static void launching(void), launched(const char *call);
+static void profile_moves(double numbers);   // that the last kernel at least reads and writes
 
 static int blocks(long n, long each) { return (int)((n + each - 1) / each); }
 
@@ -163,6 +164,7 @@ static void optimizer_step(Tensor w, real *m, real *v, long begin, long end, Opt
                            const LossSums *sums) {
   RUN(optimizer_step_kernel<<<blocks_of_fours(end - begin), THREADS, 0, stream>>>(
       w, m, v, begin, end, o, sums));
+  profile_moves(7.0 * (end - begin));    // w, m and v twice, the gradient
 }
 
 // ---- 5. Layers, from simple to hard -----------------------------------------------------------
@@ -179,6 +181,7 @@ static void residual_forward(Tensor out, Tensor x, Tensor f, int N, int C) {
   long n = (long)N*C;
   RUN(residual_forward_kernel<<<blocks_of_fours(n), THREADS, 0, stream>>>(
       out.data, x.data, f.data, n));
+  profile_moves(3.0 * n);
 }
 
 static void residual_backward(Tensor out, Tensor x, Tensor f, int N, int C) {
@@ -204,6 +207,7 @@ static __global__ void gelu_forward_kernel(real *y, const real *x, long n) {
 static void gelu_forward(Tensor y, Tensor x, int N, int C) {
   long n = (long)N*C;
   RUN(gelu_forward_kernel<<<blocks_of_fours(n), THREADS, 0, stream>>>(y.data, x.data, n));
+  profile_moves(2.0 * n);
 }
 
 // dx = dy ((1 + h)/2 + x (1 - h^2)/2 du/dx), du/dx = a (1 + 3 b x^2)
@@ -222,6 +226,7 @@ static void gelu_backward(Tensor y, Tensor x, int N, int C) {
   long n = (long)N*C;
   RUN(gelu_backward_kernel<<<blocks_of_fours(n), THREADS, 0, stream>>>(
       x.grad, y.grad, x.data, n));
+  profile_moves(3.0 * n);
 }
 
 // embedding: out[n,c] = wte[token[n],c] + wpe[t,c], where n = b*T + t
@@ -237,6 +242,7 @@ static void embedding_forward(Tensor out, const int *token, Tensor wte, Tensor w
                               int B, int T, int C) {
   RUN(embedding_forward_kernel<<<blocks(B*T, WARPS), THREADS, 0, stream>>>(
       out.data, token, wte.data, wpe.data, B*T, T, C));
+  profile_moves(2.0 * B*T * C);          // wpe stays in a cache
 }
 
 // dwte[v,c] += the sum of dout[n,c] over all n with token[n] == v. Two rows may have the same
@@ -293,6 +299,7 @@ static void embedding_backward(Tensor out, const int *token, Tensor wte, Tensor 
   RUN(embedding_backward_token<<<grid, THREADS, 0, stream>>>(wte.grad, token, out.grad, B*T, C));
   RUN(embedding_backward_position<<<blocks((long)T*C, THREADS), THREADS, 0, stream>>>(
       wpe.grad, out.grad, B, T, C));
+  profile_moves((B + 2.0) * T * C);
 }
 
 // linear and lm_head only call matmul(), so those of train.c serve here, too.
@@ -318,6 +325,7 @@ static __global__ void layernorm_forward_kernel(real *out, real *mean_rstd, cons
 static void layernorm_forward(Tensor out, Tensor mean_rstd, Tensor x, WeightBias p, int N, int C) {
   RUN(layernorm_forward_kernel<<<blocks(N, WARPS), THREADS, 0, stream>>>(
       out.data, mean_rstd.data, x.data, p.weight.data, p.bias.data, N, C));
+  profile_moves(2.0 * N * C);
 }
 
 // g[n,c] = dout[n,c] w[c]; dx[n,c] += rstd (g - avg_c(g) - xhat avg_c(g xhat)). Shifting or scaling
@@ -374,8 +382,10 @@ static void layernorm_backward(Tensor out, Tensor mean_rstd, Tensor x, WeightBia
   dim3 grid(blocks(C, 32), slices);
   RUN(layernorm_backward_x<<<blocks(N, WARPS), THREADS, 0, stream>>>(
       x.grad, out.grad, mean_rstd.data, x.data, p.weight.data, N, C));
+  profile_moves(4.0 * N * C);
   RUN(layernorm_backward_w<<<grid, THREADS, 0, stream>>>(
       scratch, out.grad, mean_rstd.data, x.data, N, C));
+  profile_moves(2.0 * N * C);
   add_slices(rows_of(p.weight.grad, C), scratch, 1, C, slices, ADD, NULL);
   // db[c] += sum_n dout[n,c]
   add_columns(p.bias.grad, out.grad, N, C);
@@ -411,6 +421,7 @@ static void crossentropy_forward(Tensor loss, Tensor correct, Tensor row_lse, Te
                                  const int *target, int N, int V) {
   RUN(crossentropy_forward_kernel<<<N, threads_for(V), 0, stream>>>(
       loss.data, correct.data, row_lse.data, logits.data, target, V));
+  profile_moves((double)N * V);
 }
 
 // dlogits[n,v] = dloss[n] (p[n,v] - [v == target[n]])
@@ -429,6 +440,7 @@ static void crossentropy_backward(Tensor loss, Tensor correct, Tensor row_lse, T
   (void)correct;   // a count, for the log: no gradient goes through it
   RUN(crossentropy_backward_kernel<<<N, threads_for(V), 0, stream>>>(
       logits.grad, logits.data, row_lse.data, loss.grad, target, V));
+  profile_moves(2.0 * N * V);
 }
 
 // attention, in each sequence b and head h:
@@ -829,6 +841,7 @@ static void attention_backward(Tensor out, Tensor lse, Tensor qkv, int B, int T,
     die("attention of %d x %d x %d rows needs more scratch memory: lower --batch_size", B, H, T);
   RUN(attention_backward_dot<<<blocks((long)B*H*T, WARPS), THREADS, 0, stream>>>(
       scratch, out.data, out.grad, B, T, C, H));
+  profile_moves(2.0 * B*T * C);
   if (use_bf16) {
     RUN(attention_backward_q_bf16<<<grid, BF16_THREADS, 0, stream>>>(p));
     RUN(attention_backward_kv_bf16<<<grid, BF16_THREADS, 0, stream>>>(p));
@@ -1165,6 +1178,7 @@ static void add_slices(Matrix c, const real *part, int M, int N, int slices, int
                        const real *bias) {
   RUN(add_slices_kernel<<<blocks((long)M*N, THREADS), THREADS, 0, stream>>>(
       c, part, M, N, slices, mode, bias));
+  profile_moves((slices + 1.0 + (mode == ADD)) * M * N);
 }
 
 // Waves: if `at_once` CUDA blocks fit on the GPU, a grid runs in waves of that many, and the last
@@ -1223,6 +1237,7 @@ static void add_columns(real *sum, const real *x, int N, int O) {
   int slices = slices_of(N);
   dim3 grid(blocks(O, 32), slices);
   RUN(add_columns_kernel<<<grid, THREADS, 0, stream>>>(scratch, x, N, O));
+  profile_moves((double)N * O);
   add_slices(rows_of(sum, O), scratch, 1, O, slices, ADD, NULL);
 }
 
@@ -1233,6 +1248,7 @@ static __global__ void fill_kernel(real *x, long n, real value) {
 
 static void fill(real *x, long n, real value) {
   RUN(fill_kernel<<<blocks_of_fours(n), THREADS, 0, stream>>>(x, n, value));
+  profile_moves(n);
 }
 
 // sums->loss += sum_n loss[n], and likewise correct: a CUDA block for each
@@ -1270,6 +1286,7 @@ static __global__ void squared_norm_total(double *result, const double *partial,
 
 static void squared_norm(double *result, double *partial, const real *x, long n) {
   RUN(squared_norm_chunk<<<chunks(n), THREADS, 0, stream>>>(partial, x, n));
+  profile_moves(n);
   RUN(squared_norm_total<<<1, THREADS, 0, stream>>>(result, partial, chunks(n)));
 }
 
@@ -1280,6 +1297,24 @@ static void squared_norm(double *result, double *partial, const real *x, long n)
 // at once: the CPU can be ahead of the GPU by up to SLOTS copies.
 enum { SLOTS = 16, SLOT_BYTES = 256 << 10 };
 static struct { void *memory; cudaEvent_t sent; } slot[SLOTS];
+
+// Multiply-adds of a multiprocessor in a cycle, since this compute capability: the most that a
+// kernel can do
+static const struct { int since, fp32, bf16; } PEAK[] = {
+  {75, 64, 0}, {80, 64, 1024}, {86, 128, 256}, {90, 128, 2048}, {100, 128, 4096}, {120, 128, 256}};
+static double peak_fp32, peak_bf16, bandwidth;   // operations and bytes in a second
+
+static void find_peaks(int capability) {
+  int kilohertz, memory_kilohertz, bits;
+  CHECK(cudaDeviceGetAttribute(&kilohertz, cudaDevAttrClockRate, 0));
+  CHECK(cudaDeviceGetAttribute(&memory_kilohertz, cudaDevAttrMemoryClockRate, 0));
+  CHECK(cudaDeviceGetAttribute(&bits, cudaDevAttrGlobalMemoryBusWidth, 0));
+  double cycles = 1e3 * kilohertz * multiprocessors;
+  for (size_t i = 0; i < sizeof PEAK / sizeof *PEAK; i++)
+    if (PEAK[i].since <= capability)
+      peak_fp32 = 2 * PEAK[i].fp32 * cycles, peak_bf16 = 2 * PEAK[i].bf16 * cycles;
+  bandwidth = 2 * 1e3 * memory_kilohertz * bits / 8;   // 2: data moves twice in a cycle
+}
 
 static const char *device_start(int threads, const char *precision) {
   static char name[320];
@@ -1298,6 +1333,7 @@ static const char *device_start(int threads, const char *precision) {
     die("this program has no code for %s (%s): make -B train_gpu ARCH=sm_%d%d", gpu.name,
         cudaGetErrorString(error), gpu.major, gpu.minor);
   multiprocessors = gpu.multiProcessorCount;
+  find_peaks(10*gpu.major + gpu.minor);
   // The code counts, not only the GPU: compiled for an older one, it has no bf16.
   compute_capability = MIN(10*gpu.major + gpu.minor, attributes.ptxVersion);
   use_bf16 = strcmp(precision, "bf16") == 0;
@@ -1413,6 +1449,21 @@ static void set_mark(struct Profile *kernel) {
   if (!mark[marks].end) CHECK(cudaEventCreate(&mark[marks].end));
   CHECK(cudaEventRecord(mark[marks].end, stream));
   mark[marks++].kernel = kernel;
+}
+
+static void profile_moves(double numbers) { profiled->bytes += numbers * sizeof(real); }
+
+// How near a kernel comes to what limits it, at the clock that the GPU has at most
+static const char *profile_share(const struct Profile *p) {
+  static char text[64];
+  double peak = strstr(p->name, "bf16") ? peak_bf16 : peak_fp32;
+  *text = 0;
+  if (p->flop)
+    snprintf(text, sizeof text, " %5.1f %% of the peak", 100 * p->flop / p->seconds / peak);
+  else if (p->bytes)
+    snprintf(text, sizeof text, " %5.1f %% of the bandwidth",
+             100 * p->bytes / p->seconds / bandwidth);
+  return text;
 }
 
 static void read_marks(void) {
