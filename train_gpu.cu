@@ -542,12 +542,14 @@ static __device__ __forceinline__ Rows rows_from(const real *x, long row, int fi
 
 // bf16, see section 6
 static __device__ __forceinline__ unsigned bf16_pair(real low, real high);
-static __device__ __forceinline__ void load_bf16(unsigned *x, const char *tile, int line, int k,
-                                                 int is_a, int side, int depth, int along);
+static __device__ __forceinline__ int bf16_at(int row, int column, int columns);
+static __device__ __forceinline__ unsigned bf16_address(const char *tile, int columns, int line,
+                                                        int k, int is_a, int along);
+static __device__ __forceinline__ void load_bf16(unsigned *x, unsigned address, int along);
 static __device__ __forceinline__ void mma_bf16(real *c, real *c8, const unsigned *x,
                                                 const unsigned *y);
-static __device__ __forceinline__ void store_bf16(char *tile, int row, int column, int columns,
-                                                  Real4 four);
+
+typedef struct __align__(8) { unsigned at[2]; } FourBf16;
 
 // tile[r][c] = x[r][d + c]; 0 beyond the rows and beyond D. Four loads are on their way at once.
 static __device__ __forceinline__ void load_tile(const int bf16, char *tile, const Rows *x, int d,
@@ -559,7 +561,9 @@ static __device__ __forceinline__ void load_tile(const int bf16, char *tile, con
     UNROLL for (int l = 0; l < 4; l++)
       v[l] = load4(x->x + (r + l*apart)*x->row + d + c, r + l*apart < x->rows ? D - d - c : 0);
     UNROLL for (int l = 0; l < 4; l++)
-      if (bf16) store_bf16(tile, r + l*apart, c, SIDE, v[l]);
+      if (bf16)
+        *(FourBf16 *)(tile + 2*bf16_at(r + l*apart, c, SIDE)) =
+            FourBf16{{bf16_pair(v[l].at[0], v[l].at[1]), bf16_pair(v[l].at[2], v[l].at[3])}};
       else *(Real4 *)((real *)tile + at(r + l*apart, c)) = v[l];
   }
 }
@@ -614,7 +618,7 @@ static __device__ __forceinline__ void multiply_strip(real *sum, const unsigned 
                                                       const char *y_tile, int k, int along) {
   UNROLL for (int e = 0; e < SIDE/4; e += 4) {   // 16 columns, of which a lane has 4
     unsigned y[4];
-    load_bf16(y, y_tile, 4*e, k, 0, SIDE/8, SIDE, along);
+    load_bf16(y, bf16_address(y_tile, SIDE, 4*e, k, 0, along), along);
     mma_bf16(sum + e, sum + SIDE/4 + e, x, y);
     mma_bf16(sum + e + 2, sum + SIDE/4 + e + 2, x, y + 2);
   }
@@ -638,7 +642,7 @@ static __device__ __forceinline__ void dot_rows(const int bf16, real *sum, real 
     else
       UNROLL for (int k = 0; k < SIDE; k += 16) {
         unsigned a[4];
-        load_bf16(a, x->tile, threadIdx.x/32*16, k, 1, SIDE/8, SIDE, 1);
+        load_bf16(a, bf16_address(x->tile, SIDE, threadIdx.x/32*16, k, 1, 1), 1);
         multiply_strip(sum, a, y->tile, k, 1);
       }
   }
@@ -859,6 +863,7 @@ typedef struct {                         // C = A B + bias, or C += A B
   long c_slice;                          // from one slice of C to the next, see add_slices()
   int M, N, K, slice, mode;              // a slice takes `slice` numbers of K
   const real *bias;
+  const char *rounded_a, *rounded_b;     // bf16: lines of K numbers; see round_operands()
 } Product;
 
 // c[i, j..j+n-1] = sum + bias, or += sum. n is 1, 2 or 4; what is outside of C is left out.
@@ -930,23 +935,13 @@ static __global__ void matmul_shared(Product p) {
 //   rows 12..15    17     19     21          31       17           31
 //   rows 16..31    the same once more
 //
-// Rung 4, tensor cores: a warp multiplies 16 x 16 by 16 x 8 numbers in one instruction. They are
-// bf16, the upper half of a float: 8 bits of exponent, 7 of fraction. Their sums are floats.
-// Weights, activations and gradients stay floats in memory, and are rounded on the way to shared
-// memory. So they go through registers as on rung 3; cp.async, which copies to shared memory
-// without these, cannot round. The limit is the L2 cache: a tile of 128 x 128 does 32
-// floating-point operations for each byte that it reads, so 5 TB/s, about what an A100's gives,
-// feed 160 of its 312 TFLOP/s. The way on is operands in bf16 in memory; and, on Hopper alone,
-// TMA, by which one thread fetches a tile, and wgmma, by which four warps multiply straight from
-// shared memory: mma.sync reaches two thirds of that GPU's peak at most.
 enum {
-  LONGEST = 32,                          // numbers of k in a step of tensor cores; in fp32 8
-  PAD = 4,                               // numbers between two rows of a tile, see put()
-  MAX_FOURS = 8                          // Real4 that a thread copies of an operand in a step
+  DEPTH = 8,                             // numbers of k in a step
+  PAD = 4                                // numbers between two rows of a tile, see put()
 };
 
 // How a thread reads its part of an operand. A line is a row of A or a column of B. A tile has
-// 8*side lines, and side*side threads read it, 2*depth/side Real4 each in a step. `along`: are the
+// 8*side lines, and side*side threads read it, 16/side Real4 each in a step. `along`: are the
 // numbers of a line consecutive in memory? Then consecutive threads read along k, then the next
 // line; else they read along the lines, then the next k.
 typedef struct {
@@ -957,34 +952,49 @@ typedef struct {
 } Reader;                                //   the tile, and are their Real4 aligned?
 
 static __device__ __forceinline__ Reader reader_of(Matrix m, int line0, int lines, int k0,
-                                                   int side, int depth, int along) {
+                                                   int side, int along) {
   Reader r;
   int t = threadIdx.x;
-  r.line = along ? t / (depth/4) : t % (2*side) * 4;
-  r.k = along ? t % (depth/4) * 4 : t / (2*side);
+  r.line = along ? t / 2 : t % (2*side) * 4;
+  r.k = along ? t % 2 * 4 : t / (2*side);
   r.x = m.at + (line0 + r.line)*m.down + (k0 + r.k)*m.right;
-  r.next = depth*m.right;
-  r.apart = along ? 4*side*side/depth * m.down : side/2 * m.right;
+  r.next = DEPTH*m.right;
+  r.apart = along ? side*side/2 * m.down : side/2 * m.right;
   r.lines = lines - line0;
   r.whole = r.lines >= 8*side && (uintptr_t)m.at % 16 == 0
          && (along ? m.down : m.right) % 4 == 0;
   return r;
 }
 
-// From device memory to registers; `left` numbers of k are left. The second way is for the edges.
-static __device__ __forceinline__ void fetch(Real4 *four, Reader *r, int left, int side, int depth,
+// From device memory to registers; `left` numbers of k are left. The second way is for the edges,
+// and for rows that are no multiple of 16 bytes, like logits of 50257 tokens. (Padded to 50304 they
+// would be faster, but in train.c, too, a row of logits has V numbers.)
+static __device__ __forceinline__ void fetch(Real4 *four, Reader *r, int left, int side,
                                              int along) {
-  if (r->whole && left >= depth) {
-    UNROLL for (int l = 0; l < 2*depth/side; l++) four[l] = *(const Real4 *)(r->x + l*r->apart);
+  if (r->whole && left >= DEPTH) {
+    UNROLL for (int l = 0; l < 16/side; l++) four[l] = *(const Real4 *)(r->x + l*r->apart);
   } else {
-    UNROLL for (int l = 0; l < 2*depth/side; l++)
+    UNROLL for (int l = 0; l < 16/side; l++)
       UNROLL for (int j = 0; j < 4; j++) {
-        int line = r->line + (along ? l*(4*side*side/depth) : j);
-        int k = r->k + (along ? j : l*(side/2));
+        int line = r->line + (along ? l*(side*side/2) : j), k = r->k + (along ? j : l*(side/2));
         four[l].at[j] = line < r->lines && k < left ? r->x[l*r->apart + j] : 0;
       }
   }
   r->x += r->next;
+}
+
+// From registers to shared memory. If `along`, a warp stores at once the numbers of 16 lines in two
+// rows, k and k + 4. These are 4 * (128 + PAD) numbers apart, which is 16 banks from a multiple of
+// 32: so the 32 numbers are in different banks.
+static __device__ __forceinline__ void put(real *tile, const Real4 *four, const Reader *r, int side,
+                                           int along) {
+  const int row = 8*side + PAD;
+  UNROLL for (int l = 0; l < 16/side; l++) {
+    int line = r->line + along * l * (side*side/2), k = r->k + !along * l * (side/2);
+    if (along)
+      UNROLL for (int j = 0; j < 4; j++) tile[(k + j)*row + line] = four[l].at[j];
+    else *(Real4 *)(tile + k*row + line) = four[l];
+  }
 }
 
 // The products of some k, for this thread's 8 x 8 of C. A tile is [k][line] whatever the strides of
@@ -1002,17 +1012,63 @@ static __device__ __forceinline__ void multiply_fp32(real (*sum)[8], const real 
   }
 }
 
-// Where a number of a tile of bf16 is. The tile keeps the order of memory: its rows are lines if
-// `along`, else k. 8 numbers, 16 bytes, are a chunk, and 8 chunks fill the banks once. load_bf16()
-// reads chunks from 8 rows, one below the other. So they are swizzled: chunk c of row r is in place
-// c ^ r % 8, or c ^ r/2 % 4 where two rows of 4 chunks fill the banks.
+// A CUDA block's tile of C. The first three arguments are constants, so each kernel below is this
+// function with its loops unrolled and its branches decided. One operand of the next step is
+// fetched in each half of a step, since the numbers of both need too many registers.
+static __device__ __forceinline__ void matmul_tile(const int side, const int a_along,
+                                                   const int b_along, const Product *p,
+                                                   real *shared) {
+  const int numbers = DEPTH*(8*side + PAD), row_of_warps = side / 8, along[2] = {a_along, b_along};
+  int i = blockIdx.y * 8*side, j = blockIdx.x * 8*side, warp = threadIdx.x / 32;
+  int warp_i = warp / row_of_warps * 32, warp_j = warp % row_of_warps * 64;
+  int begin = blockIdx.z * p->slice, left = MIN(p->K - begin, p->slice);
+  Reader reader[2] = {reader_of(p->a, i, p->M, begin, side, a_along),
+                      reader_of(transpose(p->b), j, p->N, begin, side, b_along)};
+  Real4 next[2];
+  real sum[8][8] = {{0}};
+  UNROLL for (int h = 0; h < 2; h++) {   // A, then B
+    fetch(next, &reader[h], left, side, along[h]);
+    put(shared + h*numbers, next, &reader[h], side, along[h]);
+  }
+  for (int now = 0; left > 0; left -= DEPTH, now = !now) {
+    real *a = shared + 2*now*numbers, *b = a + numbers, *other = shared + 2*!now*numbers;
+    __syncthreads();                     // a, b have been written, the other buffers read
+    UNROLL for (int h = 0; h < 2; h++) {
+      int k = h*DEPTH/2;
+      if (left > DEPTH) fetch(next, &reader[h], left - DEPTH, side, along[h]);
+      multiply_fp32(sum, a + warp_i, b + warp_j, k, k + DEPTH/2, side);
+      if (left > DEPTH) put(other + h*numbers, next, &reader[h], side, along[h]);
+    }
+  }
+  int lane = threadIdx.x % 32;
+  i += warp_i + (lane/16*2 + lane%2)*4; j += warp_j + lane%16/2*4;
+  UNROLL for (int e = 0; e < 8; e++) {
+    store_c(p, i + e/4*16 + e%4, j, sum[e], 4);
+    store_c(p, i + e/4*16 + e%4, j + 32, sum[e] + 4, 4);
+  }
+}
+
+// Rung 4, tensor cores: a warp multiplies 16 x 16 by 16 x 8 numbers in one instruction. They are
+// bf16, the upper half of a float: 8 bits of exponent, 7 of fraction. Their sums are floats, and so
+// are weights, activations and gradients in memory. A kernel of its own rounds the operands of a
+// product before it. That costs time, but then a CUDA block reads half the bytes, through the L2
+// cache, which is what else limits this rung; it transposes where necessary and fills the last
+// tiles with 0, so that the loop has one form and no edges; and tiles can go to shared memory by
+// cp.async: without registers, and two steps ahead. On Hopper alone there is more: TMA, by which
+// one thread fetches a tile, and wgmma, by which four warps multiply straight from shared memory.
+// mma.sync reaches two thirds of that GPU's peak at most.
+enum { STAGES = 3, DEPTH_BF16 = 32 };    // 3 steps of 32 k are 48 KB of tiles
+
+// Where a number of a tile of bf16 is. 8 numbers, 16 bytes, are a chunk, and 8 chunks fill the
+// banks once. load_bf16() reads chunks from 8 rows, one below the other. So they are swizzled:
+// chunk c of row r is in place c ^ r % 8, or c ^ r/2 % 4 where two rows of 4 chunks fill the banks.
 static __device__ __forceinline__ int bf16_at(int row, int column, int columns) {
   const int chunks = columns / 8, most = MIN(chunks, 8);
   return (row*chunks + (column/8 ^ row*most/8 % most)) * 8 + column % 8;
 }
 
-// Three instructions that C++ has no name for, in PTX, the assembly language of NVIDIA GPUs. s, x
-// and y are the arrays of the operands; the emulator gets them, and reads the text, too.
+// Instructions that C++ has no name for, in PTX, the assembly language of NVIDIA GPUs. s, x, y and
+// p are the arrays of the operands; the emulator gets them, and reads the text, too.
 
 // Two bf16 in a word, rounded to nearest, and to even if both are as near
 static __device__ __forceinline__ unsigned bf16_pair(real low, real high) {
@@ -1022,23 +1078,43 @@ static __device__ __forceinline__ unsigned bf16_pair(real low, real high) {
   return x[0];
 }
 
-// 16 lines x 16 k of a tile, as an A of mma_bf16(), or as two B, for which the second and the
-// third square change places. A square is 8 x 8. Lane l gives the address of row l%8 of square l/8,
-// and gets two numbers of each square i in x[i]: of row l/4, columns l%4*2 and the next; or, if
-// transposed, of column l/4, rows l%4*2 and the next.
-static __device__ __forceinline__ void load_bf16(unsigned *x, const char *tile, int line, int k,
-                                                 int is_a, int side, int depth, int along) {
+// Copies 16 bytes from device to shared memory, at some time before wait_copies(). close_group()
+// makes a group of a thread's copies since the last one. wait_copies() waits for all of its groups
+// but the last STAGES - 2.
+static __device__ __forceinline__ void copy_async(unsigned to, const char *from) {
+  const char *p[1] = {from};
+  unsigned y[1] = {to};
+  PTX(p, NULL, y, "cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(y[0]), "l"(p[0]) : "memory");
+}
+static __device__ __forceinline__ void close_group(void) {
+  PTX(NULL, NULL, NULL, "cp.async.commit_group;" : : : "memory");
+}
+static __device__ __forceinline__ void wait_copies(void) {
+  PTX(NULL, NULL, NULL, "cp.async.wait_group 1;" : : : "memory");
+}
+
+// 16 lines x 16 k of a tile, as an A of mma_bf16(), or as two B, for which the second and the third
+// square change places. The rows of the tile, of `columns` numbers, are lines if `along`, else k. A
+// square is 8 x 8. Lane l gives the address of row l%8 of square l/8, and gets two numbers of each
+// square i in x[i]: of row l/4, columns l%4*2 and the next; or, if transposed, of column l/4, rows
+// l%4*2 and the next.
+static __device__ __forceinline__ unsigned bf16_address(const char *tile, int columns, int line,
+                                                        int k, int is_a, int along) {
   int lane = threadIdx.x % 32;
   line += 8 * (is_a ? lane/8%2 : lane/16);
   k += 8 * (is_a ? lane/16 : lane/8%2);
-  int at = along ? bf16_at(line + lane%8, k, depth) : bf16_at(k + lane%8, line, 8*side);
-  unsigned y[1] = {(unsigned)__cvta_generic_to_shared(tile + 2*at)};
+  int at = along ? bf16_at(line + lane%8, k, columns) : bf16_at(k + lane%8, line, columns);
+  return (unsigned)__cvta_generic_to_shared(tile + 2*at);
+}
+
+static __device__ __forceinline__ void load_bf16(unsigned *x, unsigned address, int along) {
+  unsigned y[1] = {address};
   if (along)
     PTX(NULL, x, y, "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-        : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(y[0]));
+        : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(y[0]) : "memory");
   else
     PTX(NULL, x, y, "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-        : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(y[0]));
+        : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(y[0]) : "memory");
 }
 
 // C += A B by a whole warp, C (16,8), A (16,16), B (16,8). With g = lane / 4 and t = lane % 4, a
@@ -1055,15 +1131,43 @@ static __device__ __forceinline__ void mma_bf16(real *c, real *c8, const unsigne
   UNROLL for (int i = 0; i < 2; i++) c[i] = s[i], c8[i] = s[2 + i];
 }
 
-// The products of some k, for the warp's 32 x 64 of C: 2 x 8 results of mma_bf16()
-static __device__ __forceinline__ void multiply_bf16(real (*sum)[8], const char *a, const char *b,
-                                                     int i, int j, int k0, int k1, int side,
-                                                     int depth, int a_along, int b_along) {
-  UNROLL for (int k = k0; k < k1; k += 16) {
+// to[line][k] = x[line][k], rounded, in rows of `row` numbers; 0 beyond `lines` and K. A CUDA block
+// takes 32 x 32 numbers, and a warp reads consecutive ones, whichever way they lie.
+static __global__ void round_kernel(unsigned *to, Matrix x, int lines, int K, int row) {
+  __shared__ real tile[32][32 + 1];      // a column, too, is in 32 different banks
+  int line0 = blockIdx.x * 32, k0 = blockIdx.y * 32, lane = threadIdx.x % 32;
+  for (int i = threadIdx.x / 32; i < 32; i += WARPS) {
+    int line = x.right == 1 ? i : lane, k = x.right == 1 ? lane : i;
+    tile[line][k] = line0 + line < lines && k0 + k < K
+                  ? x.at[(line0 + line)*x.down + (k0 + k)*x.right] : 0;
+  }
+  __syncthreads();                       // the tile has been written
+  for (int i = threadIdx.x; i < 32*16; i += THREADS) {
+    int line = i / 16, k = i % 16 * 2;
+    to[((long)(line0 + line)*row + k0 + k) / 2] = bf16_pair(tile[line][k], tile[line][k + 1]);
+  }
+}
+
+// The tiles of one step, from this thread's first bytes of A and of B: 16 bytes, a quarter of a
+// line, at a time, and `apart` bytes further on the next ones
+static __device__ __forceinline__ void copy_tiles(unsigned to, const char **from, long apart,
+                                                  int side) {
+  UNROLL for (int h = 0; h < 2; h++) {
+    UNROLL for (int l = 0; l < 32/side; l++)
+      copy_async(to + (h*8*side + l*side*side/4) * 2*DEPTH_BF16, from[h] + l*apart);
+    from[h] += 2*DEPTH_BF16;
+  }
+}
+
+// The products of a step, for the warp's 32 x 64 of C: 2 x 8 results of mma_bf16(). a and b are the
+// addresses of this lane's first rows. Those of 16 lines more are 1 KB further on, and those of 16
+// k more two chunks, which in a swizzled line is an exclusive or.
+static __device__ __forceinline__ void multiply_bf16(real (*sum)[8], unsigned a, unsigned b) {
+  UNROLL for (int k = 0; k < DEPTH_BF16; k += 16) {
     unsigned x[2][4], y[4];
-    UNROLL for (int r = 0; r < 2; r++) load_bf16(x[r], a, i + 16*r, k, 1, side, depth, a_along);
+    UNROLL for (int r = 0; r < 2; r++) load_bf16(x[r], (a ^ 2*k) + r*32*DEPTH_BF16, 1);
     UNROLL for (int e = 0; e < 8; e += 2) {
-      load_bf16(y, b, j + 8*e, k, 0, side, depth, b_along);
+      load_bf16(y, (b ^ 2*k) + e*16*DEPTH_BF16, 1);
       UNROLL for (int r = 0; r < 2; r++) {
         mma_bf16(sum[e] + 4*r, sum[e] + 4*r + 2, x[r], y);
         mma_bf16(sum[e + 1] + 4*r, sum[e + 1] + 4*r + 2, x[r], y + 2);
@@ -1072,96 +1176,61 @@ static __device__ __forceinline__ void multiply_bf16(real (*sum)[8], const char 
   }
 }
 
-typedef struct __align__(8) { unsigned at[2]; } FourBf16;
-
-static __device__ __forceinline__ void store_bf16(char *tile, int row, int column, int columns,
-                                                  Real4 four) {
-  const real *x = four.at;
-  *(FourBf16 *)(tile + 2*bf16_at(row, column, columns)) =
-      FourBf16{{bf16_pair(x[0], x[1]), bf16_pair(x[2], x[3])}};
-}
-
-// From registers to shared memory. In fp32, if `along`, a warp stores at once the numbers of 16
-// lines in two rows, k and k + 4. These are 4 * (128 + PAD) numbers apart, which is 16 banks from
-// a multiple of 32: so the 32 numbers are in different banks.
-static __device__ __forceinline__ void put(char *tile, const Real4 *four, const Reader *r, int side,
-                                           int depth, int bf16, int along) {
-  const int row = 8*side + PAD;
-  real *t = (real *)tile;
-  UNROLL for (int l = 0; l < 2*depth/side; l++) {
-    int line = r->line + along * l * (4*side*side/depth), k = r->k + !along * l * (side/2);
-    if (bf16 && along) store_bf16(tile, line, k, depth, four[l]);
-    else if (bf16) store_bf16(tile, k, line, 8*side, four[l]);
-    else if (along) {
-      UNROLL for (int j = 0; j < 4; j++) t[(k + j)*row + line] = four[l].at[j];
-    } else *(Real4 *)(t + k*row + line) = four[l];
-  }
-}
-
-#define TILE_BYTES(side, depth, bf16) \
-  ((bf16) ? (depth)*8*(side)*2 : (depth)*(8*(side) + PAD)*(int)sizeof(real))
-
-// A CUDA block's tile of C. All arguments but the last two are constants, so each kernel below is
-// this function with its loops unrolled and its branches decided. One operand of the next step is
-// fetched in each half of a step, since the numbers of both need too many registers.
-static __device__ __forceinline__ void matmul_tile(const int side, const int depth, const int bf16,
-                                                   const int a_along, const int b_along,
-                                                   const Product *p, char *shared) {
-  const int bytes = TILE_BYTES(side, depth, bf16), row_of_warps = side / 8;
-  const int along[2] = {a_along, b_along};
+// A CUDA block's tile of C
+static __device__ __forceinline__ void matmul_tile_bf16(const int side, const Product *p,
+                                                        char *shared) {
+  const int bytes = 8*side*DEPTH_BF16*2, row_of_warps = side / 8, last = (STAGES - 1) * 2*bytes;
   int i = blockIdx.y * 8*side, j = blockIdx.x * 8*side, warp = threadIdx.x / 32;
   int warp_i = warp / row_of_warps * 32, warp_j = warp % row_of_warps * 64;
-  int begin = blockIdx.z * p->slice, left = MIN(p->K - begin, p->slice);
-  Reader reader[2] = {reader_of(p->a, i, p->M, begin, side, depth, a_along),
-                      reader_of(transpose(p->b), j, p->N, begin, side, depth, b_along)};
-  Real4 next[MAX_FOURS];
+  int begin = blockIdx.z * p->slice, steps = MIN(p->K - begin, p->slice) / DEPTH_BF16;
+  int line = threadIdx.x / 4, k = threadIdx.x % 4 * 8;
+  const char *from[2] = {p->rounded_a + 2*((long)(i + line)*p->K + begin + k),
+                         p->rounded_b + 2*((long)(j + line)*p->K + begin + k)};
+  long apart = side*side/4 * 2L*p->K;
+  unsigned to = (unsigned)__cvta_generic_to_shared(shared + 2*bf16_at(line, k, DEPTH_BF16));
+  unsigned a = bf16_address(shared, DEPTH_BF16, warp_i, 0, 1, 1);
+  unsigned b = bf16_address(shared + bytes, DEPTH_BF16, warp_j, 0, 0, 1);
   real sum[8][8] = {{0}};
-  UNROLL for (int h = 0; h < 2; h++) {   // A, then B
-    fetch(next, &reader[h], left, side, depth, along[h]);
-    put(shared + h*bytes, next, &reader[h], side, depth, bf16, along[h]);
+  for (int step = 0; step < STAGES - 1; step++) {
+    if (step < steps) copy_tiles(to + step*2*bytes, from, apart, side);
+    close_group();
   }
-  for (int now = 0; left > 0; left -= depth, now = !now) {
-    char *a = shared + 2*now*bytes, *b = a + bytes, *other = shared + 2*!now*bytes;
-    __syncthreads();                     // a, b have been written, the other buffers read
-    UNROLL for (int h = 0; h < 2; h++) {
-      int k = h*depth/2;
-      if (left > depth) fetch(next, &reader[h], left - depth, side, depth, along[h]);
-      if (bf16)
-        multiply_bf16(sum, a, b, warp_i, warp_j, k, k + depth/2, side, depth, a_along, b_along);
-      else
-        multiply_fp32(sum, (real *)a + warp_i, (real *)b + warp_j, k, k + depth/2, side);
-      if (left > depth) put(other + h*bytes, next, &reader[h], side, depth, bf16, along[h]);
-    }
+  for (int now = 0, next = last; steps > 0; steps--) {
+    wait_copies();                       // this thread's copies of this step
+    __syncthreads();                     // now has been written, next has been read
+    if (steps > STAGES - 1) copy_tiles(to + next, from, apart, side);
+    close_group();
+    multiply_bf16(sum, a + now, b + now);
+    next = now;
+    now = now == last ? 0 : now + 2*bytes;
   }
   int lane = threadIdx.x % 32;
-  i += warp_i; j += warp_j;
+  i += warp_i + lane/4; j += warp_j + lane%4*2;
   UNROLL for (int e = 0; e < 8; e++)
-    if (bf16) {                          // e: which of the 8 tiles side by side
-      UNROLL for (int r = 0; r < 4; r++)
-        store_c(p, i + 8*r + lane/4, j + 8*e + lane%4*2, &sum[e][2*r], 2);
-    } else {                             // e: which of the 8 rows
-      int row = i + (lane/16*2 + lane%2)*4 + e/4*16 + e%4, column = j + lane%16/2*4;
-      store_c(p, row, column, sum[e], 4);
-      store_c(p, row, column + 32, sum[e] + 4, 4);
-    }
+    UNROLL for (int r = 0; r < 4; r++) store_c(p, i + 8*r, j + 8*e, &sum[e][2*r], 2);
 }
 
 // CUDA blocks that should fit on a multiprocessor. 65536 / 2 blocks / 256 threads leave 128
 // registers a thread, 65536 / 6 / 64 leave 168.
-enum { BIG_AT_ONCE = 2, SMALL_AT_ONCE = 6, SMALL_BF16_AT_ONCE = 4 };
-#define MATMUL_KERNEL(name, side, depth, bf16, at_once)                                       \
+enum { BIG_AT_ONCE = 2, SMALL_AT_ONCE = 6 };
+#define MATMUL_KERNEL(name, side, at_once)                                                    \
   static __global__ void __launch_bounds__((side)*(side), at_once) name(Product p) {          \
-    __shared__ __align__(16) char shared[4*TILE_BYTES(side, depth, bf16)];                    \
+    __shared__ __align__(16) real shared[4*DEPTH*(8*(side) + PAD)];                           \
     int a_along = p.a.right == 1, b_along = p.b.down == 1;                                    \
-    if (a_along && b_along) matmul_tile(side, depth, bf16, 1, 1, &p, shared);                 \
-    else if (a_along) matmul_tile(side, depth, bf16, 1, 0, &p, shared);                       \
-    else if (b_along) matmul_tile(side, depth, bf16, 0, 1, &p, shared);                       \
-    else matmul_tile(side, depth, bf16, 0, 0, &p, shared);                                    \
+    if (a_along && b_along) matmul_tile(side, 1, 1, &p, shared);                              \
+    else if (a_along) matmul_tile(side, 1, 0, &p, shared);                                    \
+    else if (b_along) matmul_tile(side, 0, 1, &p, shared);                                    \
+    else matmul_tile(side, 0, 0, &p, shared);                                                 \
   }
-MATMUL_KERNEL(matmul_big, BIG, 8, 0, BIG_AT_ONCE)
-MATMUL_KERNEL(matmul_small, 8, 8, 0, SMALL_AT_ONCE)
-MATMUL_KERNEL(matmul_big_bf16, BIG, LONGEST, 1, BIG_AT_ONCE)
-MATMUL_KERNEL(matmul_small_bf16, 8, LONGEST, 1, SMALL_BF16_AT_ONCE)
+#define MATMUL_KERNEL_BF16(name, side, at_once)                                               \
+  static __global__ void __launch_bounds__((side)*(side), at_once) name(Product p) {          \
+    __shared__ __align__(64) char shared[STAGES*2*8*(side)*DEPTH_BF16*2];                     \
+    matmul_tile_bf16(side, &p, shared);                                                       \
+  }
+MATMUL_KERNEL(matmul_big, BIG, BIG_AT_ONCE)
+MATMUL_KERNEL(matmul_small, 8, SMALL_AT_ONCE)
+MATMUL_KERNEL_BF16(matmul_big_bf16, BIG, BIG_AT_ONCE)
+MATMUL_KERNEL_BF16(matmul_small_bf16, 8, SMALL_AT_ONCE)
 
 // c[i,j] = sum over slices of part[slice][i][j] + (c[i,j] if mode is ADD, else bias[j] or 0): a
 // thread for each element
@@ -1194,20 +1263,48 @@ static int slices_for(long tiles, long at_once, long most) {
   return best;
 }
 
+// Memory for rounded operands: it grows to what the largest product needs.
+static char *rounded;
+static size_t rounded_bytes;
+
+static void round_to(char *to, Matrix x, int lines, int all_lines, int K, int row) {
+  dim3 grid(all_lines / 32, row / 32);
+  RUN(round_kernel<<<grid, THREADS, 0, stream>>>((unsigned *)to, x, lines, K, row));
+  profile_moves(1.5 * lines * K);
+}
+
+// Lines and K of the rounded operands are filled up with 0, to whole tiles and whole steps.
+static void round_operands(Product *p) {
+  int K = p->K, row = blocks(K, DEPTH_BF16) * DEPTH_BF16;
+  int a_lines = blocks(p->M, 8*BIG) * 8*BIG, b_lines = blocks(p->N, 8*BIG) * 8*BIG;
+  size_t bytes = 2L*row * (a_lines + b_lines);
+  if (bytes > rounded_bytes) {
+    if (rounded) CHECK(cudaFree(rounded));
+    rounded = (char *)device_alloc(bytes);
+    device_bytes -= rounded_bytes;
+    rounded_bytes = bytes;
+  }
+  p->K = p->slice = row;
+  p->rounded_a = rounded;
+  p->rounded_b = rounded + 2L*row*a_lines;
+  round_to(rounded, p->a, p->M, a_lines, K, row);
+  round_to(rounded + 2L*row*a_lines, transpose(p->b), p->N, b_lines, K, row);
+}
+
 // A slice should be at least 256 long. Big tiles are used if they and their slices give each
 // multiprocessor at least one.
 static void matmul(Matrix c, Matrix a, Matrix b, int M, int N, int K, int mode, const real *bias) {
-  Product p = {c, a, b, 0, M, N, K, K, mode, bias};
+  Product p = {c, a, b, 0, M, N, K, K, mode, bias, NULL, NULL};
   long big = (long)blocks(M, 8*BIG) * blocks(N, 8*BIG), small = (long)blocks(M, 64) * blocks(N, 64);
   long most = MIN(K / 256, n_scratch / MAX((long)M*N, 1));
   int slices = slices_for(big, BIG_AT_ONCE*multiprocessors, most);
   int is_big = big * slices >= multiprocessors, side = is_big ? BIG : 8;
-  int small_at_once = use_bf16 ? SMALL_BF16_AT_ONCE : SMALL_AT_ONCE;
-  if (!is_big) slices = slices_for(small, small_at_once*multiprocessors, most);
+  if (!is_big) slices = slices_for(small, SMALL_AT_ONCE*multiprocessors, most);
   if (rung < 3) slices = 1;
+  if (use_bf16) round_operands(&p);
   if (slices > 1) {
     p.c = rows_of(scratch, N); p.c_slice = (long)M*N; p.mode = SET; p.bias = NULL;
-    p.slice = blocks(blocks(K, slices), LONGEST) * LONGEST;   // whole steps
+    p.slice = blocks(blocks(K, slices), DEPTH_BF16) * DEPTH_BF16;   // whole steps
     slices = blocks(K, p.slice);
   }
   dim3 grid(blocks(N, 8*side), blocks(M, 8*side), slices);
@@ -1221,8 +1318,8 @@ static void matmul(Matrix c, Matrix a, Matrix b, int M, int N, int K, int mode, 
   else if (is_big) RUN(matmul_big<<<grid, side*side, 0, stream>>>(p));
   else if (use_bf16) RUN(matmul_small_bf16<<<grid, side*side, 0, stream>>>(p));
   else RUN(matmul_small<<<grid, side*side, 0, stream>>>(p));
-  if (slices > 1) add_slices(c, scratch, M, N, slices, mode, bias);
   profile_flop(2.0 * M * N * K);
+  if (slices > 1) add_slices(c, scratch, M, N, slices, mode, bias);
 }
 
 // sum[o] += sum_n x[n,o]
