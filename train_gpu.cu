@@ -846,14 +846,12 @@ static void attention_backward(Tensor out, Tensor lse, Tensor qkv, int B, int T,
   RUN(attention_backward_dot<<<blocks((long)B*H*T, WARPS), THREADS, 0, stream>>>(
       scratch, out.data, out.grad, B, T, C, H));
   profile_moves(2.0 * B*T * C);
-  if (use_bf16) {
-    RUN(attention_backward_q_bf16<<<grid, BF16_THREADS, 0, stream>>>(p));
-    RUN(attention_backward_kv_bf16<<<grid, BF16_THREADS, 0, stream>>>(p));
-  } else {
-    RUN(attention_backward_q_fp32<<<grid, FP32_THREADS, 0, stream>>>(p));
-    RUN(attention_backward_kv_fp32<<<grid, FP32_THREADS, 0, stream>>>(p));
-  }
-  profile_flop(5.0*B*T*T*C);
+  if (use_bf16) RUN(attention_backward_q_bf16<<<grid, BF16_THREADS, 0, stream>>>(p));
+  else RUN(attention_backward_q_fp32<<<grid, FP32_THREADS, 0, stream>>>(p));
+  profile_flop(3.0*B*T*T*C);
+  if (use_bf16) RUN(attention_backward_kv_bf16<<<grid, BF16_THREADS, 0, stream>>>(p));
+  else RUN(attention_backward_kv_fp32<<<grid, FP32_THREADS, 0, stream>>>(p));
+  profile_flop(4.0*B*T*T*C);             // z and datt are computed again
 }
 
 // ---- 6. Matmul and sums -----------------------------------------------------------------------
@@ -934,7 +932,6 @@ static __global__ void matmul_shared(Product p) {
 //   rows  8..11    16     18     20          30       16           30
 //   rows 12..15    17     19     21          31       17           31
 //   rows 16..31    the same once more
-//
 enum {
   DEPTH = 8,                             // numbers of k in a step
   PAD = 4                                // numbers between two rows of a tile, see put()
