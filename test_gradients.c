@@ -1251,13 +1251,56 @@ static void check_rung(const char *name, int number, const char *precision) {
   expect(worst < bar, name, "%.1e, the worst element of %d products", worst, n);
 }
 
+// Attention on tensor cores against attention in fp32, which the layers above have checked. q, k, v
+// and dout are bf16, so their products are the same; att and dz are rounded to 8 bits in one only.
+static void check_attention_bf16(void) {
+  static const Shape shape[] = {{1, 1, 8, 1, 5, 5}, {2, 135, 150, 3, 5, 5}, {1, 130, 128, 2, 5, 5},
+                                {1, 70, 268, 2, 5, 5}};   // heads of 8, 50, 64 and 134 channels
+  double worst[5] = {0};                 // out, lse, dq, dk, dv
+  for (int i = 0; i < 4; i++) {
+    Case *c = make_case(&attention_layer, shape[i]);
+    Tensor *t = c->t;
+    const real *result[] = {t[0].data, t[1].data, t[2].grad};
+    long n = count_in(c, 0), count[] = {n, count_in(c, 1), 3*n};
+    for (long j = 0; j < n; j++) c->grad[0][j] = round_to_bf16(c->grad[0][j]);
+    for (long j = 0; j < 3*n; j++) c->data[2][j] = round_to_bf16(c->data[2][j]);
+    put(t[0].grad, c->grad[0], n);
+    put(t[2].data, c->data[2], 3*n);
+    double *want[3], *got[3];
+    for (int bf16 = 0; bf16 < 2; bf16++) {   // backward gets the same out in both
+      device_start(1, bf16 ? "bf16" : "fp32");
+      if (!bf16) launch(c->layer->forward, c);
+      launch(c->layer->backward, c);
+      if (bf16) launch(c->layer->forward, c);
+      check_untouched(c);
+      for (int k = 0; k < 3; k++)
+        get((bf16 ? got : want)[k] = new_doubles(count[k]), result[k], count[k]);
+    }
+    for (int k = 0; k < 3; k++) {
+      double size = norm_of(want[k], count[k]) / sqrt((double)count[k]);
+      for (long j = 0; j < count[k]; j++) {
+        double *w = &worst[k < 2 ? k : 2 + j / shape[i].C % 3];
+        *w = larger(*w, fabs(got[k][j] - want[k][j]) / size);
+      }
+    }
+  }
+  device_start(1, "fp32");
+  int ok = worst[0] > 0 && worst[0] < 5e-3 && worst[1] < 1e-5;
+  for (int i = 2; i < 5; i++) ok &= worst[i] > 0 && worst[i] < 0.05;   // 0: computed in fp32, too
+  expect(ok, "attention on tensor cores", "out %.1e, lse %.1e, dq %.1e, dk %.1e, dv %.1e from fp32",
+         worst[0], worst[1], worst[2], worst[3], worst[4]);
+}
+
 static void check_matmul_rungs(void) {
   printf("\nMatmul: transposed or not, at sizes that no tile divides; rungs of its ladder\n");
   if (!SEARCH_FOR_RACES) check_rung("1 plain", 1, "fp32");
   check_rung("2 shared memory", 2, "fp32");
   check_rung("3 registers", 3, "fp32");
   if (compute_capability < 80) printf("This GPU has no tensor cores for bf16: not checked\n");
-  else check_rung("4 tensor cores, bf16", 3, "bf16");
+  else {
+    check_rung("4 tensor cores, bf16", 3, "bf16");
+    check_attention_bf16();
+  }
 #ifdef EMULATED
   emulated_ptx = 75;                     // code for Turing, compiled anew by the driver
   device_start(1, "fp32");
@@ -1273,12 +1316,18 @@ static void fill_often(void *x) {
   for (int i = 0; i < 2500; i++) fill((real *)x, 1, 0);
 }
 
+static void multiply_once(void *x) {
+  Matrix m = rows_of((real *)x, 512);    // in two slices; only its time counts
+  matmul(m, m, transpose(m), 16, 4, 512, SET, NULL);
+}
+
 static void check_profile(void) {
-  real *x = (real *)device_alloc(sizeof *x), y;
+  real *x = (real *)device_alloc(16*512 * sizeof *x), y;
   profiled = profile;
   memset(profile, 0, sizeof profile);
   opt.profile = 1;
   launch(fill_often, x);
+  launch(multiply_once, x);
   copy_out(&y, x, sizeof y);
   opt.profile = 0;
   double ms = profile->seconds * 1e3 / 2500;
@@ -1289,6 +1338,14 @@ static void check_profile(void) {
 #endif
   expect(ok && !strcmp(profile->name, "fill_kernel") && profile->calls == 2500, "--profile",
          "%ld launches of %s of %.3f ms", profile->calls, profile->name, ms);
+#ifdef EMULATED
+  char share[64];
+  snprintf(share, sizeof share, "%s", profile_share(profile));
+  expect(!strcmp(share, IS_DOUBLE ? "  50.0 % of the bandwidth" : "  25.0 % of the bandwidth"),
+         "--profile", "of fill:%s", share);
+  expect(!strcmp(profile_share(profile + 1), " 25600.0 % of the peak"), "--profile", "of matmul:%s",
+         profile_share(profile + 1));
+#endif
 }
 #endif
 
@@ -2331,7 +2388,7 @@ static const char *running_kernel(void) { return NULL; }
 
 #else   // EMULATED, and this file includes itself for what follows
 // ---- 8. CUDA without a GPU --------------------------------------------------------------------
-// What a GPU does, in 600 lines, so that any machine can check and debug kernels. A launch names a
+// What a GPU does, in 670 lines, so that any machine can check and debug kernels. A launch names a
 // grid of blocks and the threads of a block; all run the same function and differ in threadIdx and
 // blockIdx only. Blocks know nothing of each other. The threads of a block share what is declared
 // __shared__, and wait for each other at __syncthreads(). 32 consecutive threads are a warp: they
@@ -2449,6 +2506,7 @@ struct Thread {
   Barrier *barrier;
   bool returned;
   void *stack, *from;                    // from: of the last access, if it is watched
+  int group, copies;                     // of asynchronous copies: the open one; how many wait
 };
 static Thread thread[MAX_THREADS], *self;
 static Barrier block_barrier, warp_barrier[MAX_THREADS / 32];
@@ -2647,6 +2705,16 @@ template <class T> static cudaError_t cudaMalloc(T **p, size_t n) {
   show_memory(false);
   return cudaSuccess;
 }
+static cudaError_t cudaFree(void *p) {   // waits, as CUDA does
+  cudaError_t error = run_until(the_stream.queue.size());
+  if (error) return error;
+  if (!device_memory_map.count((uintptr_t)p)) return cudaErrorInvalidValue;
+  show_memory(true);
+  device_memory_map.erase((uintptr_t)p);
+  free((char *)p - MARGIN);
+  show_memory(false);
+  return cudaSuccess;
+}
 UNSEEN void check_margins(void) {
   for (auto &m : device_memory_map)
     for (int i = 0; i < MARGIN && i < 64; i++)
@@ -2791,19 +2859,19 @@ UNSEEN unsigned __ballot_sync(unsigned mask, int vote, LINE) {
 static inline int __popc(unsigned x) { return __builtin_popcount(x); }
 
 // PTX(s, x, y, text : operands) is an instruction, as a text that the compiler for GPUs gets, and
-// the arrays of its operands: floats s, words x and y. The text names the operands %0, %1, ...,
-// which follow it in this order, like "r"(x[2]).
+// the arrays of its operands: floats s, or pointers p, words x and y. The text names the operands
+// %0, %1, ..., which follow it in this order, like "r"(x[2]).
 #define PTX(s, x, y, ...) emulate(#__VA_ARGS__, s, x, y)
 struct Operands {
   int n;                                 // how often the text names one
-  char array[16];                        // of the i-th: 's', 'x' or 'y'
+  char array[16];                        // of the i-th: 's', 'p', 'x' or 'y'
   int at[16];                            // which number of the array
 };
 UNSEEN Operands operands_of(const char *text) {
   Operands all = {0, {0}, {0}}, o = {0, {0}, {0}};
   const char *p = strchr(text, ':');
   while (p && (p = strchr(p, '(')) && all.n < 16) {
-    if (p[2] != '[' || !strchr("sxy", p[1]))
+    if (p[2] != '[' || !strchr("spxy", p[1]))
       gpu_die("operands that the emulator cannot read", self, 0);
     all.array[all.n] = p[1];
     all.at[all.n++] = *(p += 3) - '0';
@@ -2863,18 +2931,50 @@ UNSEEN void emulate_ldmatrix(Operands o, unsigned *x, const unsigned *y, bool tr
   }
 }
 
-static void emulate(const char *text, float *s, const unsigned *read, const unsigned *y, LINE) {
+// An asynchronous copy arrives when it is waited for, and not before: until then there is NaN. Both
+// times the thread writes, so that the thread sanitizer sees who reads meanwhile.
+static struct Copy { Word *to; const Word *from; int group; } copy[MAX_THREADS][64];
+__attribute__((noinline)) static void arrive(Word *to, const Word *from) {
+  for (int i = 0; i < 4; i++) to[i] = from ? from[i] : ~0u;
+}
+
+UNSEEN void start_copy(char *to, const char *from) {
+  if ((uintptr_t)to % 16 || (uintptr_t)from % 16)
+    gpu_die("an address of cp.async is not a multiple of 16", self, 0);
+  if (!is_device_memory(from, 16)) gpu_die("cp.async reads beyond an array", self, 0);
+  if (self->copies == 64) gpu_die("too many copies at once: not emulated", self, 0);
+  copy[self->id][self->copies++] = Copy{(Word *)to, (const Word *)from, self->group};
+  arrive((Word *)to, NULL);
+}
+
+UNSEEN void close_copies(void) { self->group++; }
+
+UNSEEN void wait_for_copies(int groups) {   // all but the last so many groups
+  Copy *c = copy[self->id];
+  int left = 0;
+  for (int i = 0; i < self->copies; i++)
+    if (c[i].group < self->group - groups) arrive(c[i].to, c[i].from);
+    else c[left++] = c[i];
+  self->copies = left;
+}
+
+static void emulate(const char *text, void *array, const unsigned *read, const unsigned *y, LINE) {
   Operands o = operands_of(text);
+  float *s = (float *)array;
   unsigned *x = (unsigned *)read;        // the other instructions write to it
   const char *name = text + 1;           // behind a quotation mark
-#define IS(what) (!strncmp(name, what " ", sizeof what))
-  if (IS("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32") && o.n == 14)
+#define IS(what) (!strncmp(name, what, sizeof what - 1))
+  if (IS("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 ") && o.n == 14)
     emulate_mma(o, s, x, y, line);
-  else if (IS("ldmatrix.sync.aligned.m8n8.x4.shared.b16") && o.n == 5)
+  else if (IS("ldmatrix.sync.aligned.m8n8.x4.shared.b16 ") && o.n == 5)
     emulate_ldmatrix(o, x, y, false, line);
-  else if (IS("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16") && o.n == 5)
+  else if (IS("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 ") && o.n == 5)
     emulate_ldmatrix(o, x, y, true, line);
-  else if (IS("cvt.rn.bf16x2.f32") && o.n == 3)
+  else if (IS("cp.async.cg.shared.global [%0], [%1], 16;") && o.n == 2 && o.array[1] == 'p')
+    start_copy(shared_begin + (int)y[o.at[0]], ((const char **)array)[o.at[1]]);
+  else if (IS("cp.async.commit_group;")) close_copies();
+  else if (IS("cp.async.wait_group ")) wait_for_copies(name[sizeof "cp.async.wait_group"] - '0');
+  else if (IS("cvt.rn.bf16x2.f32 ") && o.n == 3)
     x[o.at[0]] = bf16_of(s[o.at[1]]) << 16 | bf16_of(s[o.at[2]]);
   else gpu_die("an instruction that the emulator does not know", self, 0);
 }
@@ -2894,6 +2994,14 @@ CALL cudaGetDeviceCount(int *n) { *n = 1; return cudaSuccess; }
 CALL cudaSetDevice(int) { return cudaSuccess; }
 CALL cudaGetDeviceProperties(cudaDeviceProp *p, int) {
   *p = {"an emulated GPU", 2, 8, 0, 64 << 20};   // so small that small matrices occupy it
+  return cudaSuccess;
+}
+// A kilohertz; memory of 8 bits and 8 kilohertz. With this, a launch takes a millisecond.
+enum cudaDeviceAttr {
+  cudaDevAttrClockRate, cudaDevAttrMemoryClockRate, cudaDevAttrGlobalMemoryBusWidth
+};
+CALL cudaDeviceGetAttribute(int *value, cudaDeviceAttr a, int) {
+  *value = a == cudaDevAttrClockRate ? 1 : 8;
   return cudaSuccess;
 }
 CALL cudaFuncGetAttributes(cudaFuncAttributes *a, const void *) {

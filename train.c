@@ -2513,8 +2513,9 @@ static void print_verdict(const char *what, int column, double single_end, doubl
 }
 
 // --profile: where the time goes
-static struct Profile { char name[40]; long calls; double seconds, flop; } profile[64];
+static struct Profile { char name[40]; long calls; double seconds, flop, bytes; } profile[64];
 static struct Profile *profiled = profile;       // the last one that was added to
+static const char *profile_share(const struct Profile *p);
 
 static void profile_add(const char *name, double seconds) {
   for (profiled = profile; profiled < profile + 63 && *profiled->name; profiled++)
@@ -2533,6 +2534,8 @@ static void profile_mark(const char *function) {
   last = now;
 }
 
+// In the CUDA program, what share of the GPU's peak that was
+static const char *profile_share(const struct Profile *p) { (void)p; return ""; }
 #endif
 
 static void profile_flop(double flop) {
@@ -2548,8 +2551,9 @@ static void print_profile(void) {
   printf("\n%-24s %9s %10s %7s %10s\n", "function", "calls", "ms", "share", "GFLOP/s");
   for (struct Profile *p = profile; *p->name; p++) {
     char gflop[32];
-    printf("%-24s %9ld %10.2f %6.1f%% %10s\n", p->name, p->calls, p->seconds * 1e3,
-           100 * p->seconds / all, p->flop ? number(p->flop / p->seconds * 1e-9, 1, gflop) : "");
+    printf("%-24s %9ld %10.2f %6.1f%% %10s%s\n", p->name, p->calls, p->seconds * 1e3,
+           100 * p->seconds / all, p->flop ? number(p->flop / p->seconds * 1e-9, 1, gflop) : "",
+           profile_share(p));
   }
   printf("%-24s %9s %10.2f %6.1f%%\n\n", "all", "", all * 1e3, 100.0);
 }

@@ -70,6 +70,7 @@ static void check(cudaError_t error, const char *call, const char *file, int lin
 // --profile; see section 7.
 #define RUN(...) do { launching(); __VA_ARGS__; launched(#__VA_ARGS__); } while (0)
 static void launching(void), launched(const char *call);
+static void profile_moves(double numbers);   // that the last kernel at least reads and writes
 
 static int blocks(long n, long each) { return (int)((n + each - 1) / each); }
 
@@ -163,6 +164,7 @@ static void optimizer_step(Tensor w, real *m, real *v, long begin, long end, Opt
                            const LossSums *sums) {
   RUN(optimizer_step_kernel<<<blocks_of_fours(end - begin), THREADS, 0, stream>>>(
       w, m, v, begin, end, o, sums));
+  profile_moves(7.0 * (end - begin));    // w, m and v twice, the gradient
 }
 
 // ---- 5. Layers, from simple to hard -----------------------------------------------------------
@@ -179,6 +181,7 @@ static void residual_forward(Tensor out, Tensor x, Tensor f, int N, int C) {
   long n = (long)N*C;
   RUN(residual_forward_kernel<<<blocks_of_fours(n), THREADS, 0, stream>>>(
       out.data, x.data, f.data, n));
+  profile_moves(3.0 * n);
 }
 
 static void residual_backward(Tensor out, Tensor x, Tensor f, int N, int C) {
@@ -204,6 +207,7 @@ static __global__ void gelu_forward_kernel(real *y, const real *x, long n) {
 static void gelu_forward(Tensor y, Tensor x, int N, int C) {
   long n = (long)N*C;
   RUN(gelu_forward_kernel<<<blocks_of_fours(n), THREADS, 0, stream>>>(y.data, x.data, n));
+  profile_moves(2.0 * n);
 }
 
 // dx = dy ((1 + h)/2 + x (1 - h^2)/2 du/dx), du/dx = a (1 + 3 b x^2)
@@ -222,6 +226,7 @@ static void gelu_backward(Tensor y, Tensor x, int N, int C) {
   long n = (long)N*C;
   RUN(gelu_backward_kernel<<<blocks_of_fours(n), THREADS, 0, stream>>>(
       x.grad, y.grad, x.data, n));
+  profile_moves(3.0 * n);
 }
 
 // embedding: out[n,c] = wte[token[n],c] + wpe[t,c], where n = b*T + t
@@ -237,6 +242,7 @@ static void embedding_forward(Tensor out, const int *token, Tensor wte, Tensor w
                               int B, int T, int C) {
   RUN(embedding_forward_kernel<<<blocks(B*T, WARPS), THREADS, 0, stream>>>(
       out.data, token, wte.data, wpe.data, B*T, T, C));
+  profile_moves(2.0 * B*T * C);          // wpe stays in a cache
 }
 
 // dwte[v,c] += the sum of dout[n,c] over all n with token[n] == v. Two rows may have the same
@@ -293,6 +299,7 @@ static void embedding_backward(Tensor out, const int *token, Tensor wte, Tensor 
   RUN(embedding_backward_token<<<grid, THREADS, 0, stream>>>(wte.grad, token, out.grad, B*T, C));
   RUN(embedding_backward_position<<<blocks((long)T*C, THREADS), THREADS, 0, stream>>>(
       wpe.grad, out.grad, B, T, C));
+  profile_moves((B + 2.0) * T * C);
 }
 
 // linear and lm_head only call matmul(), so those of train.c serve here, too.
@@ -318,6 +325,7 @@ static __global__ void layernorm_forward_kernel(real *out, real *mean_rstd, cons
 static void layernorm_forward(Tensor out, Tensor mean_rstd, Tensor x, WeightBias p, int N, int C) {
   RUN(layernorm_forward_kernel<<<blocks(N, WARPS), THREADS, 0, stream>>>(
       out.data, mean_rstd.data, x.data, p.weight.data, p.bias.data, N, C));
+  profile_moves(2.0 * N * C);
 }
 
 // g[n,c] = dout[n,c] w[c]; dx[n,c] += rstd (g - avg_c(g) - xhat avg_c(g xhat)). Shifting or scaling
@@ -374,8 +382,10 @@ static void layernorm_backward(Tensor out, Tensor mean_rstd, Tensor x, WeightBia
   dim3 grid(blocks(C, 32), slices);
   RUN(layernorm_backward_x<<<blocks(N, WARPS), THREADS, 0, stream>>>(
       x.grad, out.grad, mean_rstd.data, x.data, p.weight.data, N, C));
+  profile_moves(4.0 * N * C);
   RUN(layernorm_backward_w<<<grid, THREADS, 0, stream>>>(
       scratch, out.grad, mean_rstd.data, x.data, N, C));
+  profile_moves(2.0 * N * C);
   add_slices(rows_of(p.weight.grad, C), scratch, 1, C, slices, ADD, NULL);
   // db[c] += sum_n dout[n,c]
   add_columns(p.bias.grad, out.grad, N, C);
@@ -411,6 +421,7 @@ static void crossentropy_forward(Tensor loss, Tensor correct, Tensor row_lse, Te
                                  const int *target, int N, int V) {
   RUN(crossentropy_forward_kernel<<<N, threads_for(V), 0, stream>>>(
       loss.data, correct.data, row_lse.data, logits.data, target, V));
+  profile_moves((double)N * V);
 }
 
 // dlogits[n,v] = dloss[n] (p[n,v] - [v == target[n]])
@@ -429,6 +440,7 @@ static void crossentropy_backward(Tensor loss, Tensor correct, Tensor row_lse, T
   (void)correct;   // a count, for the log: no gradient goes through it
   RUN(crossentropy_backward_kernel<<<N, threads_for(V), 0, stream>>>(
       logits.grad, logits.data, row_lse.data, loss.grad, target, V));
+  profile_moves(2.0 * N * V);
 }
 
 // attention, in each sequence b and head h:
@@ -472,17 +484,35 @@ static void crossentropy_backward(Tensor loss, Tensor correct, Tensor row_lse, T
 //
 //   x[d][t] = q[t][d]  y[d][s] = k[s][d]  ->  z[t][s], in registers: maximum, exp, sum of a row
 //   x[s][t] = z[t][s]  y[s][d] = v[s][d]  ->  out[t][d] += , in registers until the last tile
+//
+// With --precision bf16 the products are those of tensor cores (see section 6), and a warp has 16
+// whole rows of the result. What a lane then has of it are 2 rows and SIDE/4 columns, and just the
+// numbers that it needs as the left operand of the second product: z never leaves its registers.
+// Tiles of bf16 are small and need not be transposed, so those of a block's own rows are kept over
+// the whole loop, and one that several products read is loaded once. In fp32 q would need a third
+// tile of 16 KB, and only one block would fit on a multiprocessor of a T4 (64 KB); loading it again
+// is one instruction for each 50 multiply-adds.
 enum {
   SIDE = sizeof(real) == sizeof(float) && WARPS == 8 ? 64 : 32,   // two tiles of 64 x 64 doubles
                                          //   exceed 48 KB of shared memory; small CUDA blocks (the
                                          //   checker's) get 32, too
   SIDE_LANES = SIDE / 4,
-  SIDE_THREADS = SIDE/8 * SIDE/4
+  PART = 32,                             // numbers of a result that a thread has, at most
+  FP32_THREADS = SIDE/8 * SIDE/4,
+  BF16_THREADS = SIDE/16 * 32,
+  BF16_TILE = SIDE*SIDE*2                // bytes
 };
 #define TX ((int)threadIdx.x % SIDE_LANES)
 #define TY ((int)threadIdx.x / SIDE_LANES)
-#define ROW_OF(i) (TY*4 + (i)%4 + (i)/4*(SIDE/2))   // of this thread's number [i][j]
-#define COLUMN_OF(j) (TX*4 + (j))
+
+// A thread's numbers of a result are part[i*COLUMNS + j], i < ROWS and j < COLUMNS, and are in row
+// ROW_OF(i) and column COLUMN_OF(j) of it. `bf16` is a constant of the function that says so.
+#define LANES (bf16 ? 4 : SIDE_LANES)       // that have numbers of one row: neighbours
+#define ROWS (bf16 ? 2 : 8)
+#define COLUMNS (bf16 ? SIDE/4 : 4)
+#define ROW_OF(i) (bf16 ? (int)threadIdx.x/32*16 + (i)*8 + (int)threadIdx.x%32/4 \
+                        : TY*4 + (i)%4 + (i)/4*(SIDE/2))
+#define COLUMN_OF(j) (bf16 ? (j)/2*8 + (int)threadIdx.x%4*2 + (j)%2 : TX*4 + (j))
 
 // Where tile[r][c] is. Shared memory has 32 banks; number i of an array is in bank i % 32. A bank
 // serves one number at a time, so lanes that want different numbers of one bank wait for each
@@ -496,43 +526,81 @@ enum {
 //   rows 12..15   3     2      1       0         four numbers still is 16 aligned bytes.
 static __device__ __forceinline__ int at(int r, int c) { return r*SIDE + (c ^ r/4 % 4 * 8); }
 
-// tile[r][c] = x[r*row + c]; 0 beyond `rows` and `columns`. Four loads are on their way at once.
-static __device__ __forceinline__ void load_tile(real *tile, const real *x, long row, int rows,
-                                                 int columns) {
-  for (int r = TY, c = TX*4; r < SIDE; r += SIDE/2) {
+// SIDE rows of a head of q, k, v or dout: x[r*row + d], d < D
+typedef struct {
+  const real *x;
+  long row;
+  int rows;                              // how many exist
+  char *tile;                            // bf16: where they go in shared memory,
+  int held;                              //   and the first d of those that are there now, or -1
+} Rows;
+
+static __device__ __forceinline__ Rows rows_from(const real *x, long row, int first, int T,
+                                                 char *tile) {
+  return Rows{x + first*row, row, T - first, tile, -1};
+}
+
+// bf16, see section 6
+static __device__ __forceinline__ unsigned bf16_pair(real low, real high);
+static __device__ __forceinline__ int bf16_at(int row, int column, int columns);
+static __device__ __forceinline__ unsigned bf16_address(const char *tile, int columns, int line,
+                                                        int k, int is_a, int along);
+static __device__ __forceinline__ void load_bf16(unsigned *x, unsigned address, int along);
+static __device__ __forceinline__ void mma_bf16(real *c, real *c8, const unsigned *x,
+                                                const unsigned *y);
+
+typedef struct __align__(8) { unsigned at[2]; } FourBf16;
+
+// tile[r][c] = x[r][d + c]; 0 beyond the rows and beyond D. Four loads are on their way at once.
+static __device__ __forceinline__ void load_tile(const int bf16, char *tile, const Rows *x, int d,
+                                                 int D) {
+  const int apart = (bf16 ? BF16_THREADS : FP32_THREADS) / SIDE_LANES;
+  int c = TX*4;
+  UNROLL for (int r = TY; r < SIDE; r += 4*apart) {
     Real4 v[4];
     UNROLL for (int l = 0; l < 4; l++)
-      v[l] = load4(x + (r + l*SIDE/8)*row + c, r + l*SIDE/8 < rows ? columns - c : 0);
-    UNROLL for (int l = 0; l < 4; l++) *(Real4 *)(tile + at(r + l*SIDE/8, c)) = v[l];
+      v[l] = load4(x->x + (r + l*apart)*x->row + d + c, r + l*apart < x->rows ? D - d - c : 0);
+    UNROLL for (int l = 0; l < 4; l++)
+      if (bf16)
+        *(FourBf16 *)(tile + 2*bf16_at(r + l*apart, c, SIDE)) =
+            FourBf16{{bf16_pair(v[l].at[0], v[l].at[1]), bf16_pair(v[l].at[2], v[l].at[3])}};
+      else *(Real4 *)((real *)tile + at(r + l*apart, c)) = v[l];
   }
 }
 
-// tile[c][r] = x[r*row + c]. A warp takes 8 rows x 4 Real4: it loads 64 consecutive bytes of each
+// tile[c][r] = x[r][d + c]. A warp takes 8 rows x 4 Real4: it loads 64 consecutive bytes of each
 // row, and no two lanes store to the same bank.
-static __device__ __forceinline__ void load_transposed(real *tile, const real *x, long row,
-                                                       int rows, int columns) {
-  for (int c = threadIdx.x / 8 * 4; c < SIDE; c += SIDE_THREADS/2)
+static __device__ __forceinline__ void load_transposed(real *tile, const Rows *x, int d, int D) {
+  for (int c = threadIdx.x / 8 * 4; c < SIDE; c += FP32_THREADS/2)
     for (int r = threadIdx.x % 8; r < SIDE; r += 32) {
       Real4 v[4];
       UNROLL for (int l = 0; l < 4; l++)
-        v[l] = load4(x + (r + 8*l)*row + c, r + 8*l < rows ? columns - c : 0);
+        v[l] = load4(x->x + (r + 8*l)*x->row + d + c, r + 8*l < x->rows ? D - d - c : 0);
       UNROLL for (int l = 0; l < 4; l++)
         UNROLL for (int j = 0; j < 4; j++) tile[at(c + j, r + 8*l)] = v[l].at[j];
     }
 }
 
+// bf16: brings columns d, d + 1, ... of x to its tile, unless they are there
+static __device__ __forceinline__ void hold(Rows *x, int d, int D) {
+  if (x->held != d) load_tile(1, x->tile, x, d, D);
+  x->held = d;
+}
+
 // tile[column][row] = this thread's part of a result, which becomes the x of the next product
-static __device__ __forceinline__ void store_tile(real *tile, real (*part)[4]) {
+static __device__ __forceinline__ void store_part(real *tile, const real *part) {
+  const int bf16 = 0;
   UNROLL for (int j = 0; j < 4; j++)
     UNROLL for (int i = 0; i < 8; i += 4)
       *(Real4 *)(tile + at(COLUMN_OF(j), ROW_OF(i))) =
-          Real4{{part[i][j], part[i + 1][j], part[i + 2][j], part[i + 3][j]}};
+          Real4{{part[i*4 + j], part[i*4 + 4 + j], part[i*4 + 8 + j], part[i*4 + 12 + j]}};
 }
 
 // sum[row][column] += sum over k < depth of x[k][row] y[k][column], four k at a time: the tiles are
 // 0 from depth on
-static __device__ __forceinline__ void multiply_tiles(real (*sum)[4], const real *x, const real *y,
+static __device__ __forceinline__ void multiply_tiles(real *sum, const real *x, const real *y,
                                                       int depth) {
+  const int bf16 = 0;
   for (int k = 0; k < depth; k += 4) {
     const real *x0 = x + at(k, ROW_OF(0)), *x4 = x + at(k, ROW_OF(4));
     const real *y0 = y + at(k, COLUMN_OF(0));
@@ -540,95 +608,130 @@ static __device__ __forceinline__ void multiply_tiles(real (*sum)[4], const real
       Real4 a[2] = {*(const Real4 *)(x0 + l*SIDE), *(const Real4 *)(x4 + l*SIDE)};
       Real4 b = *(const Real4 *)(y0 + l*SIDE);
       UNROLL for (int i = 0; i < 8; i++)
-        UNROLL for (int j = 0; j < 4; j++) sum[i][j] += a[i / 4].at[i % 4] * b.at[j];
+        UNROLL for (int j = 0; j < 4; j++) sum[i*4 + j] += a[i / 4].at[i % 4] * b.at[j];
     }
   }
 }
 
-// sum[i][j] = x[i].y[j], for rows of D numbers that are x_row and y_row apart; x_rows and y_rows of
-// them exist.
-static __device__ __forceinline__ void dot_rows(real (*sum)[4], real *x_tile, real *y_tile,
-                                                const real *x, int x_rows, const real *y,
-                                                int y_rows, long x_row, long y_row, int D) {
-  UNROLL for (int i = 0; i < 8; i++)
-    UNROLL for (int j = 0; j < 4; j++) sum[i][j] = 0;
-  for (int d = 0; d < D; d += SIDE) {
-    __syncthreads();                     // the last product has read the tiles
-    load_transposed(x_tile, x + d, x_row, x_rows, D - d);
-    load_transposed(y_tile, y + d, y_row, y_rows, D - d);
-    __syncthreads();                     // the tiles have been written
-    multiply_tiles(sum, x_tile, y_tile, MIN(SIDE, D - d));
+// The same on tensor cores, for the warp's 16 rows and 16 numbers of k. x is the A of mma_bf16().
+static __device__ __forceinline__ void multiply_strip(real *sum, const unsigned *x,
+                                                      const char *y_tile, int k, int along) {
+  UNROLL for (int e = 0; e < SIDE/4; e += 4) {   // 16 columns, of which a lane has 4
+    unsigned y[4];
+    load_bf16(y, bf16_address(y_tile, SIDE, 4*e, k, 0, along), along);
+    mma_bf16(sum + e, sum + SIDE/4 + e, x, y);
+    mma_bf16(sum + e + 2, sum + SIDE/4 + e + 2, x, y + 2);
   }
 }
 
-// sum[i] += sum_k part[i][k] y[k], for a result `part` and rows y[k] of `columns` numbers
-static __device__ __forceinline__ void add_product(real (*sum)[4], real *x_tile, real *y_tile,
-                                                   real (*part)[4], const real *y, long y_row,
-                                                   int y_rows, int columns) {
+// sum[i][j] = x[i].y[j]
+static __device__ __forceinline__ void dot_rows(const int bf16, real *sum, real *shared, Rows *x,
+                                                Rows *y, int D) {
+  UNROLL for (int n = 0; n < PART; n++) sum[n] = 0;
+  for (int d = 0; d < D; d += SIDE) {
+    __syncthreads();                     // the last product has read the tiles
+    if (bf16) {
+      hold(x, d, D);
+      hold(y, d, D);
+    } else {
+      load_transposed(shared, x, d, D);
+      load_transposed(shared + SIDE*SIDE, y, d, D);
+    }
+    __syncthreads();                     // the tiles have been written
+    if (!bf16) multiply_tiles(sum, shared, shared + SIDE*SIDE, MIN(SIDE, D - d));
+    else
+      UNROLL for (int k = 0; k < SIDE; k += 16) {
+        unsigned a[4];
+        load_bf16(a, bf16_address(x->tile, SIDE, threadIdx.x/32*16, k, 1, 1), 1);
+        multiply_strip(sum, a, y->tile, k, 1);
+      }
+  }
+}
+
+// sum[i] += sum_k part[i][k] y[k], for a result `part`, and of each y[k] the columns from d on
+static __device__ __forceinline__ void add_product(const int bf16, real *sum, real *shared,
+                                                   const real *part, Rows *y, int d, int D) {
   __syncthreads();                       // the last product has read the tiles
-  store_tile(x_tile, part);
-  load_tile(y_tile, y, y_row, y_rows, columns);
+  if (bf16) hold(y, d, D);
+  else {
+    store_part(shared, part);
+    load_tile(0, (char *)(shared + SIDE*SIDE), y, d, D);
+  }
   __syncthreads();                       // the tiles have been written
-  multiply_tiles(sum, x_tile, y_tile, MIN(SIDE, y_rows));
+  if (!bf16) multiply_tiles(sum, shared, shared + SIDE*SIDE, MIN(SIDE, y->rows));
+  else
+    UNROLL for (int k = 0; k < SIDE; k += 16) {
+      unsigned a[4];
+      UNROLL for (int i = 0; i < 4; i++) {
+        const real *pair = part + i%2*COLUMNS + k/4 + i/2*2;
+        a[i] = bf16_pair(pair[0], pair[1]);
+      }
+      multiply_strip(sum, a, y->tile, k, 0);
+    }
 }
 
 // x[i] = this thread's part of a result, for the rows and columns that exist
-static __device__ __forceinline__ void store_rows(real *x, long row, int rows, int columns,
-                                                  real (*part)[4]) {
-  UNROLL for (int i = 0; i < 8; i++)
-    if (ROW_OF(i) < rows)
-      store4(x + ROW_OF(i)*row + COLUMN_OF(0), columns - COLUMN_OF(0),
-             Real4{{part[i][0], part[i][1], part[i][2], part[i][3]}});
+static __device__ __forceinline__ void store_rows(const int bf16, real *x, long row, int rows,
+                                                  int columns, const real *part) {
+  const int n = bf16 ? 2 : 4;            // consecutive numbers
+  UNROLL for (int i = 0; i < ROWS; i++)
+    UNROLL for (int j = 0; j < COLUMNS; j += n) {
+      const real *p = part + i*COLUMNS + j;
+      if (ROW_OF(i) < rows)
+        store4(x + ROW_OF(i)*row + COLUMN_OF(j), MIN(n, columns - COLUMN_OF(j)),
+               Real4{{p[0], p[1], p[n - 2], p[n - 1]}});
+    }
 }
 
-static __global__ void __launch_bounds__(SIDE_THREADS, 3)
-attention_forward_kernel(real *out, real *lse, const real *qkv, int T, int C, int H) {
-  __shared__ __align__(16) real x_tile[SIDE*SIDE], y_tile[SIDE*SIDE];
-  int D = C / H, b = blockIdx.x / H, h = blockIdx.x % H, d0 = blockIdx.z * SIDE;
+typedef struct {                         // what the kernels read and write
+  real *out, *lse, *dqkv, *dout_dot_out;
+  const real *qkv, *dout;
+  int T, C, H;
+} Attention;
+
+static __device__ __forceinline__ void attention_forward_tile(const int bf16, Attention p,
+                                                              char *shared) {
+  int T = p.T, D = p.C / p.H, b = blockIdx.x / p.H, h = blockIdx.x % p.H, d0 = blockIdx.z * SIDE;
   int i = (gridDim.y - 1 - blockIdx.y) * SIDE;   // the last have the most work: they start first
-  long row = 3L*C;
-  const real *q = qkv + b*T*row + h*D, *k = q + C, *v = k + C;
-  real scale = 1 / sqrt((real)D), z[8][4], o[8][4] = {{0}}, max[8], sum[8];
-  UNROLL for (int r = 0; r < 8; r++) max[r] = -INFINITY, sum[r] = 0;
+  long row = 3L*p.C;
+  const real *q = p.qkv + b*T*row + h*D, *k = q + p.C, *v = k + p.C;
+  Rows q_i = rows_from(q, row, i, T, shared);
+  real scale = 1 / sqrt((real)D), z[PART], o[PART] = {0}, max[8], sum[8];
+  UNROLL for (int r = 0; r < ROWS; r++) max[r] = -INFINITY, sum[r] = 0;
   for (int j = 0; j <= i; j += SIDE) {
-    dot_rows(z, x_tile, y_tile, q + i*row, T - i, k + j*row, T - j, row, row, D);
-    UNROLL for (int r = 0; r < 8; r++) {
+    Rows k_j = rows_from(k, row, j, T, shared + BF16_TILE);
+    Rows v_j = rows_from(v, row, j, T, shared + 2*BF16_TILE);
+    dot_rows(bf16, z, (real *)shared, &q_i, &k_j, D);
+    UNROLL for (int r = 0; r < ROWS; r++) {
       int seen = i + ROW_OF(r) - j + 1;  // keys s <= t; at least one in each tile
-      real tile_max = max[r];
-      UNROLL for (int c = 0; c < 4; c++) {
-        z[r][c] *= scale;
-        if (COLUMN_OF(c) < seen) tile_max = MAX(tile_max, z[r][c]);
+      real tile_max = max[r], *z_r = z + r*COLUMNS, *o_r = o + r*COLUMNS;
+      UNROLL for (int c = 0; c < COLUMNS; c++) {
+        z_r[c] *= scale;
+        if (COLUMN_OF(c) < seen) tile_max = MAX(tile_max, z_r[c]);
       }
-      for (int lanes = SIDE_LANES / 2; lanes > 0; lanes /= 2) {
+      for (int lanes = LANES / 2; lanes > 0; lanes /= 2) {
         real other = __shfl_xor_sync(ALL_LANES, tile_max, lanes);
         tile_max = MAX(tile_max, other);
       }
       real rescale = exp_(max[r] - tile_max);   // 0 the first time
       max[r] = tile_max;
       sum[r] *= rescale;
-      UNROLL for (int c = 0; c < 4; c++) {
-        o[r][c] *= rescale;
-        z[r][c] = COLUMN_OF(c) < seen ? exp_(z[r][c] - tile_max) : 0;
-        sum[r] += z[r][c];               // of this thread's columns; see below
+      UNROLL for (int c = 0; c < COLUMNS; c++) {
+        o_r[c] *= rescale;
+        z_r[c] = COLUMN_OF(c) < seen ? exp_(z_r[c] - tile_max) : 0;
+        sum[r] += z_r[c];                // of this thread's columns; see below
       }
     }
-    add_product(o, x_tile, y_tile, z, v + j*row + d0, row, T - j, D - d0);
+    add_product(bf16, o, (real *)shared, z, &v_j, d0, D);
   }
-  UNROLL for (int r = 0; r < 8; r++) {
-    for (int lanes = SIDE_LANES / 2; lanes > 0; lanes /= 2)   // of all columns
+  UNROLL for (int r = 0; r < ROWS; r++) {
+    for (int lanes = LANES / 2; lanes > 0; lanes /= 2)   // of all columns
       sum[r] += __shfl_xor_sync(ALL_LANES, sum[r], lanes);
-    UNROLL for (int c = 0; c < 4; c++) o[r][c] /= sum[r];
-    if (TX == 0 && d0 == 0 && i + ROW_OF(r) < T)
-      lse[(long)blockIdx.x*T + i + ROW_OF(r)] = max[r] + log(sum[r]);
+    UNROLL for (int c = 0; c < COLUMNS; c++) o[r*COLUMNS + c] /= sum[r];
+    if (COLUMN_OF(0) == 0 && d0 == 0 && i + ROW_OF(r) < T)
+      p.lse[(long)blockIdx.x*T + i + ROW_OF(r)] = max[r] + log(sum[r]);
   }
-  store_rows(out + ((long)b*T + i)*C + h*D + d0, C, T - i, D - d0, o);
-}
-
-static void attention_forward(Tensor out, Tensor lse, Tensor qkv, int B, int T, int C, int H) {
-  dim3 grid(B*H, blocks(T, SIDE), blocks(C/H, SIDE));
-  RUN(attention_forward_kernel<<<grid, SIDE_THREADS, 0, stream>>>(
-      out.data, lse.data, qkv.data, T, C, H));
-  profile_flop(2.0*B*T*T*C);
+  store_rows(bf16, p.out + ((long)b*T + i)*p.C + h*D + d0, p.C, T - i, D - d0, o);
 }
 
 // dout_dot_out[b,h,t] = dout[t].out[t]
@@ -646,82 +749,109 @@ static __global__ void attention_backward_dot(real *dout_dot_out, const real *ou
 // dq: a CUDA block owns SIDE queries and goes through the keys that they see. In C one loop adds
 // dq, dk and dv, since one thread owns the whole head; here dk and dv have a kernel of their own,
 // in which a block owns keys.
+static __device__ __forceinline__ void attention_backward_q_tile(const int bf16, Attention p,
+                                                                 char *shared) {
+  int T = p.T, D = p.C / p.H, b = blockIdx.x / p.H, h = blockIdx.x % p.H, d0 = blockIdx.z * SIDE;
+  int i = (gridDim.y - 1 - blockIdx.y) * SIDE;
+  long row = 3L*p.C, head = b*T*row + h*D, first = (long)blockIdx.x * T;   // of lse, dout_dot_out
+  const real *q = p.qkv + head, *k = q + p.C, *v = k + p.C;
+  Rows q_i = rows_from(q, row, i, T, shared);
+  Rows dout_i = rows_from(p.dout + (long)b*T*p.C + h*D, p.C, i, T, shared + BF16_TILE);
+  real scale = 1 / sqrt((real)D), z[PART], dz[PART], dq[PART] = {0}, lse[8], dot[8];
+  UNROLL for (int r = 0; r < ROWS; r++) {
+    int t = i + ROW_OF(r);
+    lse[r] = t < T ? p.lse[first + t] : 0;
+    dot[r] = t < T ? p.dout_dot_out[first + t] : 0;
+  }
+  for (int j = 0; j <= i; j += SIDE) {
+    Rows k_j = rows_from(k, row, j, T, shared + 2*BF16_TILE);
+    Rows v_j = rows_from(v, row, j, T, shared + 3*BF16_TILE);
+    dot_rows(bf16, z, (real *)shared, &q_i, &k_j, D);
+    dot_rows(bf16, dz, (real *)shared, &dout_i, &v_j, D);   // datt
+    UNROLL for (int r = 0; r < ROWS; r++)
+      UNROLL for (int c = 0; c < COLUMNS; c++) {
+        int t = i + ROW_OF(r), s = j + COLUMN_OF(c), n = r*COLUMNS + c;
+        real att = s <= t && t < T ? exp_(z[n] * scale - lse[r]) : 0;
+        dz[n] = att * (dz[n] - dot[r]) * scale;
+      }
+    add_product(bf16, dq, (real *)shared, dz, &k_j, d0, D);
+  }
+  store_rows(bf16, p.dqkv + head + i*row + d0, row, T - i, D - d0, dq);
+}
+
+// dk and dv: a CUDA block owns SIDE keys and goes through the queries that see them. So here the
+// rows of a tile are keys s, and the columns are queries t.
+static __device__ __forceinline__ void attention_backward_kv_tile(const int bf16, Attention p,
+                                                                  char *shared) {
+  int T = p.T, D = p.C / p.H, b = blockIdx.x / p.H, h = blockIdx.x % p.H, d0 = blockIdx.z * SIDE;
+  int j = blockIdx.y * SIDE;
+  long row = 3L*p.C, head = b*T*row + h*D, first = (long)blockIdx.x * T;
+  const real *q = p.qkv + head, *dout = p.dout + (long)b*T*p.C + h*D;
+  Rows k_j = rows_from(q + p.C, row, j, T, shared);
+  Rows v_j = rows_from(q + 2*p.C, row, j, T, shared + BF16_TILE);
+  real scale = 1 / sqrt((real)D), z[PART], dz[PART], dk[PART] = {0}, dv[PART] = {0};
+  for (int i = j; i < T; i += SIDE) {
+    Rows q_i = rows_from(q, row, i, T, shared + 2*BF16_TILE);
+    Rows dout_i = rows_from(dout, p.C, i, T, shared + 3*BF16_TILE);
+    dot_rows(bf16, z, (real *)shared, &k_j, &q_i, D);
+    dot_rows(bf16, dz, (real *)shared, &v_j, &dout_i, D);   // datt
+    UNROLL for (int c = 0; c < COLUMNS; c++) {
+      int t = i + COLUMN_OF(c);
+      real lse = t < T ? p.lse[first + t] : 0, dot = t < T ? p.dout_dot_out[first + t] : 0;
+      UNROLL for (int r = 0; r < ROWS; r++) {
+        int n = r*COLUMNS + c;
+        z[n] = j + ROW_OF(r) <= t && t < T ? exp_(z[n] * scale - lse) : 0;   // att
+        dz[n] = z[n] * (dz[n] - dot) * scale;
+      }
+    }
+    add_product(bf16, dv, (real *)shared, z, &dout_i, d0, D);
+    add_product(bf16, dk, (real *)shared, dz, &q_i, d0, D);
+  }
+  store_rows(bf16, p.dqkv + head + p.C + j*row + d0, row, T - j, D - d0, dk);
+  store_rows(bf16, p.dqkv + head + 2*p.C + j*row + d0, row, T - j, D - d0, dv);
+}
+
+// The kernels are these functions with `bf16` decided.
 //
 // Occupancy: while a warp waits for memory or at a barrier, its multiprocessor runs another one.
 // How many CUDA blocks fit on it at once depends on their shared memory, threads and registers, of
 // which it has 65536. The second launch bound asks the compiler for so few registers that this
 // many fit.
-static __global__ void __launch_bounds__(SIDE_THREADS, 2)
-attention_backward_q(real *dqkv, const real *qkv, const real *dout, const real *lse,
-                     const real *dout_dot_out, int T, int C, int H) {
-  __shared__ __align__(16) real x_tile[SIDE*SIDE], y_tile[SIDE*SIDE];
-  int D = C / H, b = blockIdx.x / H, h = blockIdx.x % H, d0 = blockIdx.z * SIDE;
-  int i = (gridDim.y - 1 - blockIdx.y) * SIDE;
-  long row = 3L*C, head = b*T*row + h*D, first = (long)blockIdx.x * T;   // of lse, dout_dot_out
-  const real *q = qkv + head, *k = q + C, *v = k + C;
-  const real *dout_i = dout + ((long)b*T + i)*C + h*D;
-  real scale = 1 / sqrt((real)D), z[8][4], dz[8][4], dq[8][4] = {{0}}, lse_t[8], dot_t[8];
-  UNROLL for (int r = 0; r < 8; r++) {
-    int t = i + ROW_OF(r);
-    lse_t[r] = t < T ? lse[first + t] : 0;
-    dot_t[r] = t < T ? dout_dot_out[first + t] : 0;
+#define ATTENTION_KERNEL(name, tile, bf16, at_once)                                           \
+  static __global__ void __launch_bounds__((bf16) ? BF16_THREADS : FP32_THREADS, at_once)     \
+  name(Attention p) {                                                                         \
+    __shared__ __align__(16) char shared[2*SIDE*SIDE*sizeof(real)];   /* or 4 BF16_TILE */    \
+    tile(bf16, p, shared);                                                                    \
   }
-  for (int j = 0; j <= i; j += SIDE) {
-    dot_rows(z, x_tile, y_tile, q + i*row, T - i, k + j*row, T - j, row, row, D);
-    dot_rows(dz, x_tile, y_tile, dout_i, T - i, v + j*row, T - j, C, row, D);   // datt
-    UNROLL for (int r = 0; r < 8; r++)
-      UNROLL for (int c = 0; c < 4; c++) {
-        int t = i + ROW_OF(r), s = j + COLUMN_OF(c);
-        real att = s <= t && t < T ? exp_(z[r][c] * scale - lse_t[r]) : 0;
-        dz[r][c] = att * (dz[r][c] - dot_t[r]) * scale;
-      }
-    add_product(dq, x_tile, y_tile, dz, k + j*row + d0, row, T - j, D - d0);
-  }
-  store_rows(dqkv + head + i*row + d0, row, T - i, D - d0, dq);
-}
+ATTENTION_KERNEL(attention_forward_fp32, attention_forward_tile, 0, 3)
+ATTENTION_KERNEL(attention_forward_bf16, attention_forward_tile, 1, 4)
+ATTENTION_KERNEL(attention_backward_q_fp32, attention_backward_q_tile, 0, 2)
+ATTENTION_KERNEL(attention_backward_q_bf16, attention_backward_q_tile, 1, 3)
+ATTENTION_KERNEL(attention_backward_kv_fp32, attention_backward_kv_tile, 0, 2)
+ATTENTION_KERNEL(attention_backward_kv_bf16, attention_backward_kv_tile, 1, 2)
 
-// dk and dv: a CUDA block owns SIDE keys and goes through the queries that see them. So here the
-// rows of a tile are keys s, and the columns are queries t.
-static __global__ void __launch_bounds__(SIDE_THREADS, 2)
-attention_backward_kv(real *dqkv, const real *qkv, const real *dout, const real *lse,
-                      const real *dout_dot_out, int T, int C, int H) {
-  __shared__ __align__(16) real x_tile[SIDE*SIDE], y_tile[SIDE*SIDE];
-  int D = C / H, b = blockIdx.x / H, h = blockIdx.x % H, d0 = blockIdx.z * SIDE;
-  int j = blockIdx.y * SIDE;
-  long row = 3L*C, head = b*T*row + h*D, first = (long)blockIdx.x * T;
-  const real *q = qkv + head, *k = q + C, *v = k + C;
-  real scale = 1 / sqrt((real)D), z[8][4], dz[8][4], dk[8][4] = {{0}}, dv[8][4] = {{0}};
-  for (int i = j; i < T; i += SIDE) {
-    const real *dout_i = dout + ((long)b*T + i)*C + h*D;
-    dot_rows(z, x_tile, y_tile, k + j*row, T - j, q + i*row, T - i, row, row, D);
-    dot_rows(dz, x_tile, y_tile, v + j*row, T - j, dout_i, T - i, row, C, D);   // datt
-    UNROLL for (int c = 0; c < 4; c++) {
-      int t = i + COLUMN_OF(c);
-      real lse_t = t < T ? lse[first + t] : 0, dot_t = t < T ? dout_dot_out[first + t] : 0;
-      UNROLL for (int r = 0; r < 8; r++) {
-        z[r][c] = j + ROW_OF(r) <= t && t < T ? exp_(z[r][c] * scale - lse_t) : 0;   // att
-        dz[r][c] = z[r][c] * (dz[r][c] - dot_t) * scale;
-      }
-    }
-    add_product(dv, x_tile, y_tile, z, dout_i + d0, C, T - i, D - d0);
-    add_product(dk, x_tile, y_tile, dz, q + i*row + d0, row, T - i, D - d0);
-  }
-  store_rows(dqkv + head + C + j*row + d0, row, T - j, D - d0, dk);
-  store_rows(dqkv + head + 2*C + j*row + d0, row, T - j, D - d0, dv);
+static void attention_forward(Tensor out, Tensor lse, Tensor qkv, int B, int T, int C, int H) {
+  Attention p = {out.data, lse.data, NULL, NULL, qkv.data, NULL, T, C, H};
+  dim3 grid(B*H, blocks(T, SIDE), blocks(C/H, SIDE));
+  if (use_bf16) RUN(attention_forward_bf16<<<grid, BF16_THREADS, 0, stream>>>(p));
+  else RUN(attention_forward_fp32<<<grid, FP32_THREADS, 0, stream>>>(p));
+  profile_flop(2.0*B*T*T*C);
 }
 
 static void attention_backward(Tensor out, Tensor lse, Tensor qkv, int B, int T, int C, int H) {
+  Attention p = {out.data, lse.data, qkv.grad, scratch, qkv.data, out.grad, T, C, H};
   dim3 grid(B*H, blocks(T, SIDE), blocks(C/H, SIDE));
   if ((long)B*H*T > n_scratch)
     die("attention of %d x %d x %d rows needs more scratch memory: lower --batch_size", B, H, T);
-  real *dout_dot_out = scratch;
   RUN(attention_backward_dot<<<blocks((long)B*H*T, WARPS), THREADS, 0, stream>>>(
-      dout_dot_out, out.data, out.grad, B, T, C, H));
-  RUN(attention_backward_q<<<grid, SIDE_THREADS, 0, stream>>>(
-      qkv.grad, qkv.data, out.grad, lse.data, dout_dot_out, T, C, H));
-  RUN(attention_backward_kv<<<grid, SIDE_THREADS, 0, stream>>>(
-      qkv.grad, qkv.data, out.grad, lse.data, dout_dot_out, T, C, H));
-  profile_flop(5.0*B*T*T*C);
+      scratch, out.data, out.grad, B, T, C, H));
+  profile_moves(2.0 * B*T * C);
+  if (use_bf16) RUN(attention_backward_q_bf16<<<grid, BF16_THREADS, 0, stream>>>(p));
+  else RUN(attention_backward_q_fp32<<<grid, FP32_THREADS, 0, stream>>>(p));
+  profile_flop(3.0*B*T*T*C);
+  if (use_bf16) RUN(attention_backward_kv_bf16<<<grid, BF16_THREADS, 0, stream>>>(p));
+  else RUN(attention_backward_kv_fp32<<<grid, FP32_THREADS, 0, stream>>>(p));
+  profile_flop(4.0*B*T*T*C);             // z and datt are computed again
 }
 
 // ---- 6. Matmul and sums -----------------------------------------------------------------------
@@ -731,6 +861,7 @@ typedef struct {                         // C = A B + bias, or C += A B
   long c_slice;                          // from one slice of C to the next, see add_slices()
   int M, N, K, slice, mode;              // a slice takes `slice` numbers of K
   const real *bias;
+  const char *rounded_a, *rounded_b;     // bf16: lines of K numbers; see round_operands()
 } Product;
 
 // c[i, j..j+n-1] = sum + bias, or += sum. n is 1, 2 or 4; what is outside of C is left out.
@@ -801,24 +932,13 @@ static __global__ void matmul_shared(Product p) {
 //   rows  8..11    16     18     20          30       16           30
 //   rows 12..15    17     19     21          31       17           31
 //   rows 16..31    the same once more
-//
-// Rung 4, tensor cores: a warp multiplies 16 x 16 by 16 x 8 numbers in one instruction. They are
-// bf16, the upper half of a float: 8 bits of exponent, 7 of fraction. Their sums are floats.
-// Weights, activations and gradients stay floats in memory, and are rounded on the way to shared
-// memory. So they go through registers as on rung 3; cp.async, which copies to shared memory
-// without these, cannot round. The limit is the L2 cache: a tile of 128 x 128 does 32
-// floating-point operations for each byte that it reads, so 5 TB/s, about what an A100's gives,
-// feed 160 of its 312 TFLOP/s. The way on is operands in bf16 in memory; and, on Hopper alone,
-// TMA, by which one thread fetches a tile, and wgmma, by which four warps multiply straight from
-// shared memory: mma.sync reaches two thirds of that GPU's peak at most.
 enum {
-  LONGEST = 32,                          // numbers of k in a step of tensor cores; in fp32 8
-  PAD = 4,                               // numbers between two rows of a tile, see put()
-  MAX_FOURS = 8                          // Real4 that a thread copies of an operand in a step
+  DEPTH = 8,                             // numbers of k in a step
+  PAD = 4                                // numbers between two rows of a tile, see put()
 };
 
 // How a thread reads its part of an operand. A line is a row of A or a column of B. A tile has
-// 8*side lines, and side*side threads read it, 2*depth/side Real4 each in a step. `along`: are the
+// 8*side lines, and side*side threads read it, 16/side Real4 each in a step. `along`: are the
 // numbers of a line consecutive in memory? Then consecutive threads read along k, then the next
 // line; else they read along the lines, then the next k.
 typedef struct {
@@ -829,34 +949,49 @@ typedef struct {
 } Reader;                                //   the tile, and are their Real4 aligned?
 
 static __device__ __forceinline__ Reader reader_of(Matrix m, int line0, int lines, int k0,
-                                                   int side, int depth, int along) {
+                                                   int side, int along) {
   Reader r;
   int t = threadIdx.x;
-  r.line = along ? t / (depth/4) : t % (2*side) * 4;
-  r.k = along ? t % (depth/4) * 4 : t / (2*side);
+  r.line = along ? t / 2 : t % (2*side) * 4;
+  r.k = along ? t % 2 * 4 : t / (2*side);
   r.x = m.at + (line0 + r.line)*m.down + (k0 + r.k)*m.right;
-  r.next = depth*m.right;
-  r.apart = along ? 4*side*side/depth * m.down : side/2 * m.right;
+  r.next = DEPTH*m.right;
+  r.apart = along ? side*side/2 * m.down : side/2 * m.right;
   r.lines = lines - line0;
   r.whole = r.lines >= 8*side && (uintptr_t)m.at % 16 == 0
          && (along ? m.down : m.right) % 4 == 0;
   return r;
 }
 
-// From device memory to registers; `left` numbers of k are left. The second way is for the edges.
-static __device__ __forceinline__ void fetch(Real4 *four, Reader *r, int left, int side, int depth,
+// From device memory to registers; `left` numbers of k are left. The second way is for the edges,
+// and for rows that are no multiple of 16 bytes, like logits of 50257 tokens. (Padded to 50304 they
+// would be faster, but in train.c, too, a row of logits has V numbers.)
+static __device__ __forceinline__ void fetch(Real4 *four, Reader *r, int left, int side,
                                              int along) {
-  if (r->whole && left >= depth) {
-    UNROLL for (int l = 0; l < 2*depth/side; l++) four[l] = *(const Real4 *)(r->x + l*r->apart);
+  if (r->whole && left >= DEPTH) {
+    UNROLL for (int l = 0; l < 16/side; l++) four[l] = *(const Real4 *)(r->x + l*r->apart);
   } else {
-    UNROLL for (int l = 0; l < 2*depth/side; l++)
+    UNROLL for (int l = 0; l < 16/side; l++)
       UNROLL for (int j = 0; j < 4; j++) {
-        int line = r->line + (along ? l*(4*side*side/depth) : j);
-        int k = r->k + (along ? j : l*(side/2));
+        int line = r->line + (along ? l*(side*side/2) : j), k = r->k + (along ? j : l*(side/2));
         four[l].at[j] = line < r->lines && k < left ? r->x[l*r->apart + j] : 0;
       }
   }
   r->x += r->next;
+}
+
+// From registers to shared memory. If `along`, a warp stores at once the numbers of 16 lines in two
+// rows, k and k + 4. These are 4 * (128 + PAD) numbers apart, which is 16 banks from a multiple of
+// 32: so the 32 numbers are in different banks.
+static __device__ __forceinline__ void put(real *tile, const Real4 *four, const Reader *r, int side,
+                                           int along) {
+  const int row = 8*side + PAD;
+  UNROLL for (int l = 0; l < 16/side; l++) {
+    int line = r->line + along * l * (side*side/2), k = r->k + !along * l * (side/2);
+    if (along)
+      UNROLL for (int j = 0; j < 4; j++) tile[(k + j)*row + line] = four[l].at[j];
+    else *(Real4 *)(tile + k*row + line) = four[l];
+  }
 }
 
 // The products of some k, for this thread's 8 x 8 of C. A tile is [k][line] whatever the strides of
@@ -874,17 +1009,63 @@ static __device__ __forceinline__ void multiply_fp32(real (*sum)[8], const real 
   }
 }
 
-// Where a number of a tile of bf16 is. The tile keeps the order of memory: its rows are lines if
-// `along`, else k. 8 numbers, 16 bytes, are a chunk, and 8 chunks fill the banks once. load_bf16()
-// reads chunks from 8 rows, one below the other. So they are swizzled: chunk c of row r is in place
-// c ^ r % 8, or c ^ r/2 % 4 where two rows of 4 chunks fill the banks.
+// A CUDA block's tile of C. The first three arguments are constants, so each kernel below is this
+// function with its loops unrolled and its branches decided. One operand of the next step is
+// fetched in each half of a step, since the numbers of both need too many registers.
+static __device__ __forceinline__ void matmul_tile(const int side, const int a_along,
+                                                   const int b_along, const Product *p,
+                                                   real *shared) {
+  const int numbers = DEPTH*(8*side + PAD), row_of_warps = side / 8, along[2] = {a_along, b_along};
+  int i = blockIdx.y * 8*side, j = blockIdx.x * 8*side, warp = threadIdx.x / 32;
+  int warp_i = warp / row_of_warps * 32, warp_j = warp % row_of_warps * 64;
+  int begin = blockIdx.z * p->slice, left = MIN(p->K - begin, p->slice);
+  Reader reader[2] = {reader_of(p->a, i, p->M, begin, side, a_along),
+                      reader_of(transpose(p->b), j, p->N, begin, side, b_along)};
+  Real4 next[2];
+  real sum[8][8] = {{0}};
+  UNROLL for (int h = 0; h < 2; h++) {   // A, then B
+    fetch(next, &reader[h], left, side, along[h]);
+    put(shared + h*numbers, next, &reader[h], side, along[h]);
+  }
+  for (int now = 0; left > 0; left -= DEPTH, now = !now) {
+    real *a = shared + 2*now*numbers, *b = a + numbers, *other = shared + 2*!now*numbers;
+    __syncthreads();                     // a, b have been written, the other buffers read
+    UNROLL for (int h = 0; h < 2; h++) {
+      int k = h*DEPTH/2;
+      if (left > DEPTH) fetch(next, &reader[h], left - DEPTH, side, along[h]);
+      multiply_fp32(sum, a + warp_i, b + warp_j, k, k + DEPTH/2, side);
+      if (left > DEPTH) put(other + h*numbers, next, &reader[h], side, along[h]);
+    }
+  }
+  int lane = threadIdx.x % 32;
+  i += warp_i + (lane/16*2 + lane%2)*4; j += warp_j + lane%16/2*4;
+  UNROLL for (int e = 0; e < 8; e++) {
+    store_c(p, i + e/4*16 + e%4, j, sum[e], 4);
+    store_c(p, i + e/4*16 + e%4, j + 32, sum[e] + 4, 4);
+  }
+}
+
+// Rung 4, tensor cores: a warp multiplies 16 x 16 by 16 x 8 numbers in one instruction. They are
+// bf16, the upper half of a float: 8 bits of exponent, 7 of fraction. Their sums are floats, and so
+// are weights, activations and gradients in memory. A kernel of its own rounds the operands of a
+// product before it. That costs time, but then a CUDA block reads half the bytes, through the L2
+// cache, which is what else limits this rung; it transposes where necessary and fills the last
+// tiles with 0, so that the loop has one form and no edges; and tiles can go to shared memory by
+// cp.async: without registers, and two steps ahead. On Hopper alone there is more: TMA, by which
+// one thread fetches a tile, and wgmma, by which four warps multiply straight from shared memory.
+// mma.sync reaches two thirds of that GPU's peak at most.
+enum { STAGES = 3, DEPTH_BF16 = 32 };    // 3 steps of 32 k are 48 KB of tiles
+
+// Where a number of a tile of bf16 is. 8 numbers, 16 bytes, are a chunk, and 8 chunks fill the
+// banks once. load_bf16() reads chunks from 8 rows, one below the other. So they are swizzled:
+// chunk c of row r is in place c ^ r % 8, or c ^ r/2 % 4 where two rows of 4 chunks fill the banks.
 static __device__ __forceinline__ int bf16_at(int row, int column, int columns) {
   const int chunks = columns / 8, most = MIN(chunks, 8);
   return (row*chunks + (column/8 ^ row*most/8 % most)) * 8 + column % 8;
 }
 
-// Three instructions that C++ has no name for, in PTX, the assembly language of NVIDIA GPUs. s, x
-// and y are the arrays of the operands; the emulator gets them, and reads the text, too.
+// Instructions that C++ has no name for, in PTX, the assembly language of NVIDIA GPUs. s, x, y and
+// p are the arrays of the operands; the emulator gets them, and reads the text, too.
 
 // Two bf16 in a word, rounded to nearest, and to even if both are as near
 static __device__ __forceinline__ unsigned bf16_pair(real low, real high) {
@@ -894,140 +1075,159 @@ static __device__ __forceinline__ unsigned bf16_pair(real low, real high) {
   return x[0];
 }
 
-// 16 lines x 16 k of a tile, as an A of mma_bf16(), or as two B, for which the second and the
-// third square change places. A square is 8 x 8. Lane l gives the address of row l%8 of square l/8,
-// and gets two numbers of each square i in x[i]: of row l/4, columns l%4*2 and the next; or, if
-// transposed, of column l/4, rows l%4*2 and the next.
-static __device__ __forceinline__ void load_bf16(unsigned *x, const char *tile, int line, int k,
-                                                 int is_a, int side, int depth, int along) {
+// Copies 16 bytes from device to shared memory, at some time before wait_copies(). close_group()
+// makes a group of a thread's copies since the last one. wait_copies() waits for all of its groups
+// but the last STAGES - 2.
+static __device__ __forceinline__ void copy_async(unsigned to, const char *from) {
+  const char *p[1] = {from};
+  unsigned y[1] = {to};
+  PTX(p, NULL, y, "cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(y[0]), "l"(p[0]) : "memory");
+}
+static __device__ __forceinline__ void close_group(void) {
+  PTX(NULL, NULL, NULL, "cp.async.commit_group;" : : : "memory");
+}
+static __device__ __forceinline__ void wait_copies(void) {
+  PTX(NULL, NULL, NULL, "cp.async.wait_group 1;" : : : "memory");
+}
+
+// 16 lines x 16 k of a tile, as an A of mma_bf16(), or as two B, for which the second and the third
+// square change places. The rows of the tile, of `columns` numbers, are lines if `along`, else k. A
+// square is 8 x 8. Lane l gives the address of row l%8 of square l/8, and gets two numbers of each
+// square i in x[i]: of row l/4, columns l%4*2 and the next; or, if transposed, of column l/4, rows
+// l%4*2 and the next.
+static __device__ __forceinline__ unsigned bf16_address(const char *tile, int columns, int line,
+                                                        int k, int is_a, int along) {
   int lane = threadIdx.x % 32;
   line += 8 * (is_a ? lane/8%2 : lane/16);
   k += 8 * (is_a ? lane/16 : lane/8%2);
-  int at = along ? bf16_at(line + lane%8, k, depth) : bf16_at(k + lane%8, line, 8*side);
-  unsigned y[1] = {(unsigned)__cvta_generic_to_shared(tile + 2*at)};
+  int at = along ? bf16_at(line + lane%8, k, columns) : bf16_at(k + lane%8, line, columns);
+  return (unsigned)__cvta_generic_to_shared(tile + 2*at);
+}
+
+static __device__ __forceinline__ void load_bf16(unsigned *x, unsigned address, int along) {
+  unsigned y[1] = {address};
   if (along)
     PTX(NULL, x, y, "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-        : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(y[0]));
+        : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(y[0]) : "memory");
   else
     PTX(NULL, x, y, "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-        : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(y[0]));
+        : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(y[0]) : "memory");
 }
 
 // C += A B by a whole warp, C (16,8), A (16,16), B (16,8). With g = lane / 4 and t = lane % 4, a
 // lane holds A[g][2t] and A[g][2t+1] in x[0], the same of row g + 8 in x[1], and both of 8 more k
-// in x[2] and x[3]; B[2t][g] and B[2t+1][g] in y[0], of 8 more k in y[1]; and of C
-// c = C[g][2t], C[g][2t+1], C[g+8][2t], C[g+8][2t+1].
-static __device__ __forceinline__ void mma_bf16(real *c, const unsigned *x, const unsigned *y) {
-  float s[4] = {(float)c[0], (float)c[1], (float)c[2], (float)c[3]};
+// in x[2] and x[3]; B[2t][g] and B[2t+1][g] in y[0], of 8 more k in y[1]; C[g][2t] and C[g][2t+1]
+// in c, and those of row g + 8 in c8.
+static __device__ __forceinline__ void mma_bf16(real *c, real *c8, const unsigned *x,
+                                                const unsigned *y) {
+  float s[4] = {(float)c[0], (float)c[1], (float)c8[0], (float)c8[1]};
   PTX(s, x, y, "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
       "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(s[0]), "+f"(s[1]), "+f"(s[2]), "+f"(s[3])
       : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(y[0]), "r"(y[1]));
-  UNROLL for (int i = 0; i < 4; i++) c[i] = s[i];
+  UNROLL for (int i = 0; i < 2; i++) c[i] = s[i], c8[i] = s[2 + i];
 }
 
-// The products of some k, for the warp's 32 x 64 of C: 2 x 8 results of mma_bf16()
-static __device__ __forceinline__ void multiply_bf16(real (*sum)[8], const char *a, const char *b,
-                                                     int i, int j, int k0, int k1, int side,
-                                                     int depth, int a_along, int b_along) {
-  UNROLL for (int k = k0; k < k1; k += 16) {
+// to[line][k] = x[line][k], rounded, in rows of `row` numbers; 0 beyond `lines` and K. A CUDA block
+// takes 32 x 32 numbers, and a warp reads consecutive ones, whichever way they lie.
+static __global__ void round_kernel(unsigned *to, Matrix x, int lines, int K, int row) {
+  __shared__ real tile[32][32 + 1];      // a column, too, is in 32 different banks
+  int line0 = blockIdx.x * 32, k0 = blockIdx.y * 32, lane = threadIdx.x % 32;
+  for (int i = threadIdx.x / 32; i < 32; i += WARPS) {
+    int line = x.right == 1 ? i : lane, k = x.right == 1 ? lane : i;
+    tile[line][k] = line0 + line < lines && k0 + k < K
+                  ? x.at[(line0 + line)*x.down + (k0 + k)*x.right] : 0;
+  }
+  __syncthreads();                       // the tile has been written
+  for (int i = threadIdx.x; i < 32*16; i += THREADS) {
+    int line = i / 16, k = i % 16 * 2;
+    to[((long)(line0 + line)*row + k0 + k) / 2] = bf16_pair(tile[line][k], tile[line][k + 1]);
+  }
+}
+
+// The tiles of one step, from this thread's first bytes of A and of B: 16 bytes, a quarter of a
+// line, at a time, and `apart` bytes further on the next ones
+static __device__ __forceinline__ void copy_tiles(unsigned to, const char **from, long apart,
+                                                  int side) {
+  UNROLL for (int h = 0; h < 2; h++) {
+    UNROLL for (int l = 0; l < 32/side; l++)
+      copy_async(to + (h*8*side + l*side*side/4) * 2*DEPTH_BF16, from[h] + l*apart);
+    from[h] += 2*DEPTH_BF16;
+  }
+}
+
+// The products of a step, for the warp's 32 x 64 of C: 2 x 8 results of mma_bf16(). a and b are the
+// addresses of this lane's first rows. Those of 16 lines more are 1 KB further on, and those of 16
+// k more two chunks, which in a swizzled line is an exclusive or.
+static __device__ __forceinline__ void multiply_bf16(real (*sum)[8], unsigned a, unsigned b) {
+  UNROLL for (int k = 0; k < DEPTH_BF16; k += 16) {
     unsigned x[2][4], y[4];
-    UNROLL for (int r = 0; r < 2; r++) load_bf16(x[r], a, i + 16*r, k, 1, side, depth, a_along);
+    UNROLL for (int r = 0; r < 2; r++) load_bf16(x[r], (a ^ 2*k) + r*32*DEPTH_BF16, 1);
     UNROLL for (int e = 0; e < 8; e += 2) {
-      load_bf16(y, b, j + 8*e, k, 0, side, depth, b_along);
+      load_bf16(y, (b ^ 2*k) + e*16*DEPTH_BF16, 1);
       UNROLL for (int r = 0; r < 2; r++) {
-        mma_bf16(sum[e] + 4*r, x[r], y);
-        mma_bf16(sum[e + 1] + 4*r, x[r], y + 2);
+        mma_bf16(sum[e] + 4*r, sum[e] + 4*r + 2, x[r], y);
+        mma_bf16(sum[e + 1] + 4*r, sum[e + 1] + 4*r + 2, x[r], y + 2);
       }
     }
   }
 }
 
-typedef struct __align__(8) { unsigned at[2]; } FourBf16;
-
-// From registers to shared memory. In fp32, if `along`, a warp stores at once the numbers of 16
-// lines in two rows, k and k + 4. These are 4 * (128 + PAD) numbers apart, which is 16 banks from
-// a multiple of 32: so the 32 numbers are in different banks.
-static __device__ __forceinline__ void put(char *tile, const Real4 *four, const Reader *r, int side,
-                                           int depth, int bf16, int along) {
-  const int row = 8*side + PAD;
-  real *t = (real *)tile;
-  UNROLL for (int l = 0; l < 2*depth/side; l++) {
-    int line = r->line + along * l * (4*side*side/depth), k = r->k + !along * l * (side/2);
-    const real *x = four[l].at;
-    if (bf16) {
-      int at = along ? bf16_at(line, k, depth) : bf16_at(k, line, 8*side);
-      *(FourBf16 *)(tile + 2*at) = FourBf16{{bf16_pair(x[0], x[1]), bf16_pair(x[2], x[3])}};
-    } else if (along) {
-      UNROLL for (int j = 0; j < 4; j++) t[(k + j)*row + line] = x[j];
-    } else *(Real4 *)(t + k*row + line) = four[l];
-  }
-}
-
-#define TILE_BYTES(side, depth, bf16) \
-  ((bf16) ? (depth)*8*(side)*2 : (depth)*(8*(side) + PAD)*(int)sizeof(real))
-
-// A CUDA block's tile of C. All arguments but the last two are constants, so each kernel below is
-// this function with its loops unrolled and its branches decided. One operand of the next step is
-// fetched in each half of a step, since the numbers of both need too many registers.
-static __device__ __forceinline__ void matmul_tile(const int side, const int depth, const int bf16,
-                                                   const int a_along, const int b_along,
-                                                   const Product *p, char *shared) {
-  const int bytes = TILE_BYTES(side, depth, bf16), row_of_warps = side / 8;
-  const int along[2] = {a_along, b_along};
+// A CUDA block's tile of C
+static __device__ __forceinline__ void matmul_tile_bf16(const int side, const Product *p,
+                                                        char *shared) {
+  const int bytes = 8*side*DEPTH_BF16*2, row_of_warps = side / 8, last = (STAGES - 1) * 2*bytes;
   int i = blockIdx.y * 8*side, j = blockIdx.x * 8*side, warp = threadIdx.x / 32;
   int warp_i = warp / row_of_warps * 32, warp_j = warp % row_of_warps * 64;
-  int begin = blockIdx.z * p->slice, left = MIN(p->K - begin, p->slice);
-  Reader reader[2] = {reader_of(p->a, i, p->M, begin, side, depth, a_along),
-                      reader_of(transpose(p->b), j, p->N, begin, side, depth, b_along)};
-  Real4 next[MAX_FOURS];
+  int begin = blockIdx.z * p->slice, steps = MIN(p->K - begin, p->slice) / DEPTH_BF16;
+  int line = threadIdx.x / 4, k = threadIdx.x % 4 * 8;
+  const char *from[2] = {p->rounded_a + 2*((long)(i + line)*p->K + begin + k),
+                         p->rounded_b + 2*((long)(j + line)*p->K + begin + k)};
+  long apart = side*side/4 * 2L*p->K;
+  unsigned to = (unsigned)__cvta_generic_to_shared(shared + 2*bf16_at(line, k, DEPTH_BF16));
+  unsigned a = bf16_address(shared, DEPTH_BF16, warp_i, 0, 1, 1);
+  unsigned b = bf16_address(shared + bytes, DEPTH_BF16, warp_j, 0, 0, 1);
   real sum[8][8] = {{0}};
-  UNROLL for (int h = 0; h < 2; h++) {   // A, then B
-    fetch(next, &reader[h], left, side, depth, along[h]);
-    put(shared + h*bytes, next, &reader[h], side, depth, bf16, along[h]);
+  for (int step = 0; step < STAGES - 1; step++) {
+    if (step < steps) copy_tiles(to + step*2*bytes, from, apart, side);
+    close_group();
   }
-  for (int now = 0; left > 0; left -= depth, now = !now) {
-    char *a = shared + 2*now*bytes, *b = a + bytes, *other = shared + 2*!now*bytes;
-    __syncthreads();                     // a, b have been written, the other buffers read
-    UNROLL for (int h = 0; h < 2; h++) {
-      int k = h*depth/2;
-      if (left > depth) fetch(next, &reader[h], left - depth, side, depth, along[h]);
-      if (bf16)
-        multiply_bf16(sum, a, b, warp_i, warp_j, k, k + depth/2, side, depth, a_along, b_along);
-      else
-        multiply_fp32(sum, (real *)a + warp_i, (real *)b + warp_j, k, k + depth/2, side);
-      if (left > depth) put(other + h*bytes, next, &reader[h], side, depth, bf16, along[h]);
-    }
+  for (int now = 0, next = last; steps > 0; steps--) {
+    wait_copies();                       // this thread's copies of this step
+    __syncthreads();                     // now has been written, next has been read
+    if (steps > STAGES - 1) copy_tiles(to + next, from, apart, side);
+    close_group();
+    multiply_bf16(sum, a + now, b + now);
+    next = now;
+    now = now == last ? 0 : now + 2*bytes;
   }
   int lane = threadIdx.x % 32;
-  i += warp_i; j += warp_j;
+  i += warp_i + lane/4; j += warp_j + lane%4*2;
   UNROLL for (int e = 0; e < 8; e++)
-    if (bf16) {                          // e: which of the 8 tiles side by side
-      UNROLL for (int r = 0; r < 4; r++)
-        store_c(p, i + 8*r + lane/4, j + 8*e + lane%4*2, &sum[e][2*r], 2);
-    } else {                             // e: which of the 8 rows
-      int row = i + (lane/16*2 + lane%2)*4 + e/4*16 + e%4, column = j + lane%16/2*4;
-      store_c(p, row, column, sum[e], 4);
-      store_c(p, row, column + 32, sum[e] + 4, 4);
-    }
+    UNROLL for (int r = 0; r < 4; r++) store_c(p, i + 8*r, j + 8*e, &sum[e][2*r], 2);
 }
 
 // CUDA blocks that should fit on a multiprocessor. 65536 / 2 blocks / 256 threads leave 128
 // registers a thread, 65536 / 6 / 64 leave 168.
-enum { BIG_AT_ONCE = 2, SMALL_AT_ONCE = 6, SMALL_BF16_AT_ONCE = 4 };
-#define MATMUL_KERNEL(name, side, depth, bf16, at_once)                                       \
+enum { BIG_AT_ONCE = 2, SMALL_AT_ONCE = 6 };
+#define MATMUL_KERNEL(name, side, at_once)                                                    \
   static __global__ void __launch_bounds__((side)*(side), at_once) name(Product p) {          \
-    __shared__ __align__(16) char shared[4*TILE_BYTES(side, depth, bf16)];                    \
+    __shared__ __align__(16) real shared[4*DEPTH*(8*(side) + PAD)];                           \
     int a_along = p.a.right == 1, b_along = p.b.down == 1;                                    \
-    if (a_along && b_along) matmul_tile(side, depth, bf16, 1, 1, &p, shared);                 \
-    else if (a_along) matmul_tile(side, depth, bf16, 1, 0, &p, shared);                       \
-    else if (b_along) matmul_tile(side, depth, bf16, 0, 1, &p, shared);                       \
-    else matmul_tile(side, depth, bf16, 0, 0, &p, shared);                                    \
+    if (a_along && b_along) matmul_tile(side, 1, 1, &p, shared);                              \
+    else if (a_along) matmul_tile(side, 1, 0, &p, shared);                                    \
+    else if (b_along) matmul_tile(side, 0, 1, &p, shared);                                    \
+    else matmul_tile(side, 0, 0, &p, shared);                                                 \
   }
-MATMUL_KERNEL(matmul_big, BIG, 8, 0, BIG_AT_ONCE)
-MATMUL_KERNEL(matmul_small, 8, 8, 0, SMALL_AT_ONCE)
-MATMUL_KERNEL(matmul_big_bf16, BIG, LONGEST, 1, BIG_AT_ONCE)
-MATMUL_KERNEL(matmul_small_bf16, 8, LONGEST, 1, SMALL_BF16_AT_ONCE)
+#define MATMUL_KERNEL_BF16(name, side, at_once)                                               \
+  static __global__ void __launch_bounds__((side)*(side), at_once) name(Product p) {          \
+    __shared__ __align__(64) char shared[STAGES*2*8*(side)*DEPTH_BF16*2];                     \
+    matmul_tile_bf16(side, &p, shared);                                                       \
+  }
+MATMUL_KERNEL(matmul_big, BIG, BIG_AT_ONCE)
+MATMUL_KERNEL(matmul_small, 8, SMALL_AT_ONCE)
+MATMUL_KERNEL_BF16(matmul_big_bf16, BIG, BIG_AT_ONCE)
+MATMUL_KERNEL_BF16(matmul_small_bf16, 8, SMALL_AT_ONCE)
 
 // c[i,j] = sum over slices of part[slice][i][j] + (c[i,j] if mode is ADD, else bias[j] or 0): a
 // thread for each element
@@ -1044,6 +1244,7 @@ static void add_slices(Matrix c, const real *part, int M, int N, int slices, int
                        const real *bias) {
   RUN(add_slices_kernel<<<blocks((long)M*N, THREADS), THREADS, 0, stream>>>(
       c, part, M, N, slices, mode, bias));
+  profile_moves((slices + 1.0 + (mode == ADD)) * M * N);
 }
 
 // Waves: if `at_once` CUDA blocks fit on the GPU, a grid runs in waves of that many, and the last
@@ -1059,20 +1260,48 @@ static int slices_for(long tiles, long at_once, long most) {
   return best;
 }
 
+// Memory for rounded operands: it grows to what the largest product needs.
+static char *rounded;
+static size_t rounded_bytes;
+
+static void round_to(char *to, Matrix x, int lines, int all_lines, int K, int row) {
+  dim3 grid(all_lines / 32, row / 32);
+  RUN(round_kernel<<<grid, THREADS, 0, stream>>>((unsigned *)to, x, lines, K, row));
+  profile_moves(1.5 * lines * K);
+}
+
+// Lines and K of the rounded operands are filled up with 0, to whole tiles and whole steps.
+static void round_operands(Product *p) {
+  int K = p->K, row = blocks(K, DEPTH_BF16) * DEPTH_BF16;
+  int a_lines = blocks(p->M, 8*BIG) * 8*BIG, b_lines = blocks(p->N, 8*BIG) * 8*BIG;
+  size_t bytes = 2L*row * (a_lines + b_lines);
+  if (bytes > rounded_bytes) {
+    if (rounded) CHECK(cudaFree(rounded));
+    rounded = (char *)device_alloc(bytes);
+    device_bytes -= rounded_bytes;
+    rounded_bytes = bytes;
+  }
+  p->K = p->slice = row;
+  p->rounded_a = rounded;
+  p->rounded_b = rounded + 2L*row*a_lines;
+  round_to(rounded, p->a, p->M, a_lines, K, row);
+  round_to(rounded + 2L*row*a_lines, transpose(p->b), p->N, b_lines, K, row);
+}
+
 // A slice should be at least 256 long. Big tiles are used if they and their slices give each
 // multiprocessor at least one.
 static void matmul(Matrix c, Matrix a, Matrix b, int M, int N, int K, int mode, const real *bias) {
-  Product p = {c, a, b, 0, M, N, K, K, mode, bias};
+  Product p = {c, a, b, 0, M, N, K, K, mode, bias, NULL, NULL};
   long big = (long)blocks(M, 8*BIG) * blocks(N, 8*BIG), small = (long)blocks(M, 64) * blocks(N, 64);
   long most = MIN(K / 256, n_scratch / MAX((long)M*N, 1));
   int slices = slices_for(big, BIG_AT_ONCE*multiprocessors, most);
   int is_big = big * slices >= multiprocessors, side = is_big ? BIG : 8;
-  int small_at_once = use_bf16 ? SMALL_BF16_AT_ONCE : SMALL_AT_ONCE;
-  if (!is_big) slices = slices_for(small, small_at_once*multiprocessors, most);
+  if (!is_big) slices = slices_for(small, SMALL_AT_ONCE*multiprocessors, most);
   if (rung < 3) slices = 1;
+  if (use_bf16) round_operands(&p);
   if (slices > 1) {
     p.c = rows_of(scratch, N); p.c_slice = (long)M*N; p.mode = SET; p.bias = NULL;
-    p.slice = blocks(blocks(K, slices), LONGEST) * LONGEST;   // whole steps
+    p.slice = blocks(blocks(K, slices), DEPTH_BF16) * DEPTH_BF16;   // whole steps
     slices = blocks(K, p.slice);
   }
   dim3 grid(blocks(N, 8*side), blocks(M, 8*side), slices);
@@ -1086,8 +1315,8 @@ static void matmul(Matrix c, Matrix a, Matrix b, int M, int N, int K, int mode, 
   else if (is_big) RUN(matmul_big<<<grid, side*side, 0, stream>>>(p));
   else if (use_bf16) RUN(matmul_small_bf16<<<grid, side*side, 0, stream>>>(p));
   else RUN(matmul_small<<<grid, side*side, 0, stream>>>(p));
-  if (slices > 1) add_slices(c, scratch, M, N, slices, mode, bias);
   profile_flop(2.0 * M * N * K);
+  if (slices > 1) add_slices(c, scratch, M, N, slices, mode, bias);
 }
 
 // sum[o] += sum_n x[n,o]
@@ -1102,6 +1331,7 @@ static void add_columns(real *sum, const real *x, int N, int O) {
   int slices = slices_of(N);
   dim3 grid(blocks(O, 32), slices);
   RUN(add_columns_kernel<<<grid, THREADS, 0, stream>>>(scratch, x, N, O));
+  profile_moves((double)N * O);
   add_slices(rows_of(sum, O), scratch, 1, O, slices, ADD, NULL);
 }
 
@@ -1112,6 +1342,7 @@ static __global__ void fill_kernel(real *x, long n, real value) {
 
 static void fill(real *x, long n, real value) {
   RUN(fill_kernel<<<blocks_of_fours(n), THREADS, 0, stream>>>(x, n, value));
+  profile_moves(n);
 }
 
 // sums->loss += sum_n loss[n], and likewise correct: a CUDA block for each
@@ -1149,6 +1380,7 @@ static __global__ void squared_norm_total(double *result, const double *partial,
 
 static void squared_norm(double *result, double *partial, const real *x, long n) {
   RUN(squared_norm_chunk<<<chunks(n), THREADS, 0, stream>>>(partial, x, n));
+  profile_moves(n);
   RUN(squared_norm_total<<<1, THREADS, 0, stream>>>(result, partial, chunks(n)));
 }
 
@@ -1159,6 +1391,24 @@ static void squared_norm(double *result, double *partial, const real *x, long n)
 // at once: the CPU can be ahead of the GPU by up to SLOTS copies.
 enum { SLOTS = 16, SLOT_BYTES = 256 << 10 };
 static struct { void *memory; cudaEvent_t sent; } slot[SLOTS];
+
+// Multiply-adds of a multiprocessor in a cycle, since this compute capability: the most that a
+// kernel can do
+static const struct { int since, fp32, bf16; } PEAK[] = {
+  {75, 64, 0}, {80, 64, 1024}, {86, 128, 256}, {90, 128, 2048}, {100, 128, 4096}, {120, 128, 256}};
+static double peak_fp32, peak_bf16, bandwidth;   // operations and bytes in a second
+
+static void find_peaks(int capability) {
+  int kilohertz, memory_kilohertz, bits;
+  CHECK(cudaDeviceGetAttribute(&kilohertz, cudaDevAttrClockRate, 0));
+  CHECK(cudaDeviceGetAttribute(&memory_kilohertz, cudaDevAttrMemoryClockRate, 0));
+  CHECK(cudaDeviceGetAttribute(&bits, cudaDevAttrGlobalMemoryBusWidth, 0));
+  double cycles = 1e3 * kilohertz * multiprocessors;
+  for (size_t i = 0; i < sizeof PEAK / sizeof *PEAK; i++)
+    if (PEAK[i].since <= capability)
+      peak_fp32 = 2 * PEAK[i].fp32 * cycles, peak_bf16 = 2 * PEAK[i].bf16 * cycles;
+  bandwidth = 2 * 1e3 * memory_kilohertz * bits / 8;   // 2: data moves twice in a cycle
+}
 
 static const char *device_start(int threads, const char *precision) {
   static char name[320];
@@ -1177,6 +1427,7 @@ static const char *device_start(int threads, const char *precision) {
     die("this program has no code for %s (%s): make -B train_gpu ARCH=sm_%d%d", gpu.name,
         cudaGetErrorString(error), gpu.major, gpu.minor);
   multiprocessors = gpu.multiProcessorCount;
+  find_peaks(10*gpu.major + gpu.minor);
   // The code counts, not only the GPU: compiled for an older one, it has no bf16.
   compute_capability = MIN(10*gpu.major + gpu.minor, attributes.ptxVersion);
   use_bf16 = strcmp(precision, "bf16") == 0;
@@ -1292,6 +1543,21 @@ static void set_mark(struct Profile *kernel) {
   if (!mark[marks].end) CHECK(cudaEventCreate(&mark[marks].end));
   CHECK(cudaEventRecord(mark[marks].end, stream));
   mark[marks++].kernel = kernel;
+}
+
+static void profile_moves(double numbers) { profiled->bytes += numbers * sizeof(real); }
+
+// How near a kernel comes to what limits it, at the clock that the GPU has at most
+static const char *profile_share(const struct Profile *p) {
+  static char text[64];
+  double peak = strstr(p->name, "bf16") ? peak_bf16 : peak_fp32;
+  *text = 0;
+  if (p->flop)
+    snprintf(text, sizeof text, " %5.1f %% of the peak", 100 * p->flop / p->seconds / peak);
+  else if (p->bytes)
+    snprintf(text, sizeof text, " %5.1f %% of the bandwidth",
+             100 * p->bytes / p->seconds / bandwidth);
+  return text;
 }
 
 static void read_marks(void) {
