@@ -949,9 +949,11 @@ static void load_piece(Model *m, Piece p) {
 }
 
 // Parameters, or their gradients, one after the other in the order of the list.
-static void get_parameters(double *packed, const Model *m, const real *base) {
+static double *fetch_parameters(const Model *m, const real *base) {
+  double *all = new_doubles(m->count), *packed = all;
   for (Entry *e = m->parameter; e < m->parameter + m->n_parameters; packed += entry_count(e++))
     get(packed, base + e->data_at, entry_count(e));
+  return all;
 }
 
 static void put_parameters(const double *packed, const Model *m, real *base) {
@@ -1011,13 +1013,6 @@ static void run_piece(Model *m, Piece p, double dloss) {   // dloss 0: forward o
   launch(run_micro_batch, &batch);
 }
 
-static double mean_loss(const Model *m, int N) {
-  double *loss = new_doubles(N), sum = 0;
-  get(loss, m->loss.data, N);
-  for (int n = 0; n < N; n++) sum += loss[n] / N;
-  return sum;
-}
-
 // The layers between a parameter's gradient and the next one in backward order.
 static const char *suspects(const char *name) {
   const char *table[][2] = {
@@ -1052,42 +1047,25 @@ static void localise(const Model *m, const char *right, const char *layer) {
               "at what they pass, near\n  %s\n", suspects(wrong));
 }
 
-typedef struct { Model *m; Entry *e; double *data; Piece piece; } Moved;   // a moved parameter
+typedef struct { Model *m; Entry *e; double *data; } Moved;   // a parameter, and moved numbers
 
 static void evaluate_model(void *argument, double *out) {
   Moved *a = (Moved *)argument;
   put(a->e->tensor->data, a->data, entry_count(a->e));
-  run_piece(a->m, a->piece, 0);
-  get(out, a->m->loss.data, a->piece.B * a->piece.T);
+  run_piece(a->m, PIECE, 0);
+  get(out, a->m->loss.data, PIECE.B * PIECE.T);
 }
 
-// The gradient of the mean loss for numbers from..to-1 of a parameter, by finite differences.
-static double *model_slopes(Model *m, Entry *e, Piece piece, long to) {
-  int N = piece.B * piece.T;
-  double upstream[MAX_TOKENS], *want = new_doubles(to);
-  Moved a = {m, e, new_doubles(entry_count(e)), piece};
+// The gradient of the mean loss for a parameter, by finite differences.
+static double *model_slopes(Model *m, Entry *e) {
+  int N = PIECE.B * PIECE.T;
+  double upstream[MAX_TOKENS], *want = new_doubles(entry_count(e));
+  Moved a = {m, e, fetch(e->tensor->data, entry_count(e))};
   Function f = {evaluate_model, &a, upstream, N};
   for (int n = 0; n < N; n++) upstream[n] = 1.0 / N;
-  get(a.data, e->tensor->data, entry_count(e));
-  for (long j = 0; j < to; j++) want[j] = slope(f, a.data + j, 1, NULL);
+  for (long j = 0; j < entry_count(e); j++) want[j] = slope(f, a.data + j, 1, NULL);
   put(e->tensor->data, a.data, entry_count(e));
   return want;
-}
-
-// d loss / d embedding: in a batch of one sequence, moving wpe[t] moves embedding[t] and nothing
-// else. The gradient is that of the whole batch: if sequences leaked into each other, it would
-// show.
-static void check_embedding(Model *m, Comparison row) {
-  int T = PIECE.T, C = TINY.n_embd, N = PIECE.B * T;
-  double *got = new_doubles((long)N * C), *want = new_doubles((long)N * C);
-  get(got, m->embedding.grad, (long)N * C);
-  for (int b = 0; b < PIECE.B; b++) {
-    Piece alone = {1, T, PIECE.at + b*T};
-    double *slopes = model_slopes(m, &m->parameter[1], alone, T*C);
-    for (int i = 0; i < T*C; i++) want[b*T*C + i] = slopes[i] / PIECE.B;
-  }
-  row.layer = "embedding"; row.rows = N; row.cols = C; row.got = got; row.want = want;
-  compare(row);
 }
 
 static void check_model(void) {
@@ -1095,15 +1073,13 @@ static void check_model(void) {
   memcpy(layer, first_failure, sizeof layer);
   Trainer *t = new_trainer(TINY, 1), *shared = new_trainer(TINY, 0);
   Model *m = &t->model;
-  int N = PIECE.B * PIECE.T;
-  double *grad = new_doubles(m->count), *other = new_doubles(m->count), *got = grad + m->count;
   char *right = (char *)host_alloc(NULL, m->n_parameters);
   Shape shape = {PIECE.B, PIECE.T, TINY.n_embd, TINY.n_head, LETTERS, 0};
   reset(t); reset(shared);
-  run_piece(m, PIECE, 1.0 / N);
-  run_piece(&shared->model, PIECE, 1.0 / N);
-  get_parameters(grad, m, m->weights.grad);
-  get_parameters(other, &shared->model, shared->model.weights.grad);
+  run_piece(m, PIECE, 1.0 / (PIECE.B * PIECE.T));
+  run_piece(&shared->model, PIECE, 1.0 / (PIECE.B * PIECE.T));
+  double *grad = fetch_parameters(m, m->weights.grad), *got = grad + m->count;
+  double *other = fetch_parameters(&shared->model, shared->model.weights.grad);
   printf("\nThe whole model, in backward order: L %d, H %d, C %d, T %d, V %d, B %d\n",
          TINY.n_layer, TINY.n_head, TINY.n_embd, PIECE.T, LETTERS, PIECE.B);
   heading("backward", "finite diff.");
@@ -1112,16 +1088,13 @@ static void check_model(void) {
   for (int i = m->n_parameters - 1; i >= 0; i--) {   // the list has the order of forward
     Entry *e = &m->parameter[i];
     got -= entry_count(e);
-    double *want = model_slopes(m, e, PIECE, entry_count(e));
-    Comparison row = {e->name, "", e->rows, MAX(1, e->cols), got, want, NULL, &shape,
+    Comparison row = {e->name, "", e->rows, MAX(1, e->cols), got, model_slopes(m, e), NULL, &shape,
                       BAR, NULL, NULL};
     right[i] = compare(row) <= BAR;
     if (!right[i]) brief = 1;            // what follows from the first needs no diagnosis
   }
   printf("An absolute tolerance of 2e-2 %s here: the worst is %.1e\n",
          worst_absolute <= 0.02 ? "passes" : "fails", worst_absolute);
-  Comparison row = {"", "", 0, 0, NULL, NULL, NULL, &shape, BAR, NULL, NULL};
-  check_embedding(m, row);
   localise(m, right, layer);
   brief = 0;
   const char *differs = first_difference(m, grad, other);
@@ -1137,12 +1110,10 @@ static void show_float_differences(void) {
   Trainer *t = new_trainer(TINY, 0);
   Model *m = &t->model;
   Entry *wpe = &m->parameter[1];
-  long n = entry_count(wpe);
-  double *grad = new_doubles(n);
   reset(t);
   run_piece(m, PIECE, 1.0 / (PIECE.B * PIECE.T));
-  get(grad, m->wpe.grad, n);
-  double apart = distance(model_slopes(m, wpe, PIECE, n), grad, n);
+  double *grad = fetch(m->wpe.grad, entry_count(wpe));
+  double apart = distance(model_slopes(m, wpe), grad, entry_count(wpe));
   expect(apart > BAR, "finite differences in float", "of a right gradient are %.1e off: so they "
          "are taken of plain versions in double", apart);
 }
@@ -1277,72 +1248,90 @@ static void blank_key_biases(const Model *m, double *packed) {
       for (int c = e->rows / 3; c < e->rows / 3 * 2; c++) packed[c] = 0;
 }
 
-// Some updates by update() of train.c, from K micro-batches of B sequences or one of K*B: since the
-// windows depend on the seed and their number only, both see the same tokens.
-static double *change_by_updates(Trainer *t, int accumulate, int batch_size) {
-  double *w = new_doubles(t->model.count), *first = random_parameters(&t->model);
-  reset(t);
-  t->accumulate = accumulate;
-  opt.batch_size = batch_size;
-  for (int u = 0; u < UPDATES; u++) update(t);
-  get_parameters(w, &t->model, t->model.weights.data);
-  for (long i = 0; i < t->model.count; i++) w[i] -= first[i];
-  blank_key_biases(&t->model, w);
+// The options of update(), for windows of T letters of the poem.
+static void set_options(int T, double weight_decay, double grad_clip) {
+  text.byte = (unsigned char *)poem();
+  text.size = text.train_size = POEM_SIZE;
+  opt.config.block_size = T;
+  opt.seed = 1; opt.warmup = 0; opt.max_steps = 1000;
+  opt.beta1 = 0.9; opt.beta2 = 0.99; opt.weight_decay = weight_decay; opt.grad_clip = grad_clip;
+  n_trainers = 1;
+}
+
+// How far the weights are from those of reset().
+static double *change_of(const Model *m) {
+  double *w = fetch_parameters(m, m->weights.data), *first = random_parameters(m);
+  for (long i = 0; i < m->count; i++) w[i] -= first[i];
+  blank_key_biases(m, w);
   return w;
+}
+
+// n updates by update() of train.c, from K micro-batches of B sequences each. Windows depend on the
+// seed and their number only: so K micro-batches, one that is K times as large, and one in each of
+// K updates have the same tokens. Fills a row for each update; returns the change of the weights.
+typedef struct { double loss, norm, change; } UpdateRow;
+static double *run_updates(Trainer *t, int optimizer, double rate, int n, int K, int B,
+                           UpdateRow *row) {
+  Model *m = &t->model;
+  double *before = random_parameters(m);
+  reset(t);
+  opt.optimizer = optimizers[optimizer].name;
+  opt.learning_rate = opt.min_lr = rate;
+  opt.batch_size = B;
+  t->accumulate = K;
+  for (int u = 0; u < n; u++) {
+    update(t);
+    double *now = fetch_parameters(m, m->weights.data);
+    UpdateRow r = {t->loss, t->grad_norm, distance(now, before, m->count) * norm_of(before, m->count)};
+    row[u] = r;
+    before = now;
+  }
+  return change_of(m);
 }
 
 // After an update its gradient is still there. It must be that of the same micro-batches, alone, at
 // the weights before the update: nothing left from earlier updates, no micro-batch twice. The same
 // holds of loss, accuracy and norm.
-static double gradient_apart(Trainer *t, Trainer *other) {
-  Model *m = &t->model, *n = &other->model;
-  double *w = new_doubles(m->count), *got = new_doubles(m->count), *want = new_doubles(m->count);
-  double tokens = t->accumulate * opt.batch_size * opt.config.block_size;
-  get_parameters(w, m, m->weights.data);
-  put_parameters(w, n, n->weights.data);
+static double gradient_apart(Trainer *t) {
+  Model *m = &t->model;
+  MicroBatch batch = {m, opt.batch_size, opt.config.block_size, 0};
+  double tokens = t->accumulate * batch.B * batch.T;
   LossSums sums = {0, 0, 0};
-  copy_in(n->sums, &sums, sizeof sums);
-  launch(zero_gradients, n);
+  batch.dloss = 1 / tokens;
+  copy_in(m->sums, &sums, sizeof sums);
+  launch(zero_gradients, m);
   for (int k = 0; k < t->accumulate; k++) {
-    MicroBatch batch = {n, opt.batch_size, opt.config.block_size, 1 / tokens};
-    load_micro_batch(n, t->updates * t->accumulate + k);
+    load_micro_batch(m, t->updates * t->accumulate + k);
     launch(run_micro_batch, &batch);
-    mean_loss(n, 1);                     // waits for the device: update() must not need that
+    fetch(m->loss.data, 1);              // waits for the device: update() must not need that
   }
+  copy_out(&sums, m->sums, sizeof sums);
+  double *want = fetch_parameters(m, m->weights.grad);
   update(t);
-  get_parameters(got, m, m->weights.grad);
-  get_parameters(want, n, n->weights.grad);
-  copy_out(&sums, n->sums, sizeof sums);
+  double *got = fetch_parameters(m, m->weights.grad);
   double apart = larger(distance(got, want, m->count), fabs(t->loss * tokens / sums.loss - 1));
   return larger(larger(apart, fabs(t->accuracy * tokens / sums.correct - 1)),
                 fabs(t->grad_norm / norm_of(want, m->count) - 1));
 }
 
-static void check_accumulation(void) {
+static void check_accumulation(Trainer *t) {
   printf("\nSingle-step and multi-step. a: %d micro-batches of %d x %d tokens, or one of %d x %d.\n"
          "How far apart are the changes of the weights, and loss and norm, after %d updates?\n",
          PIECES, PIECE_B, PIECE_T, PIECES * PIECE_B, PIECE_T, UPDATES);
-  text.byte = (unsigned char *)poem();
-  text.size = text.train_size = POEM_SIZE;
-  Config config = TINY;
-  config.block_size = PIECE_T;
-  opt.config = config;
-  opt.seed = 1; opt.warmup = 0; opt.max_steps = 1000; opt.min_lr = 0;
-  opt.beta1 = 0.9; opt.beta2 = 0.99; opt.weight_decay = 0.1; opt.grad_clip = 1;
-  n_trainers = 1;
-  for (int i = 0; i < 2; i++) trainer[i] = *new_trainer(config, 0);
+  set_options(PIECE_T, 0.1, 1);
   for (int i = 0; i < N_OPTIMIZERS; i++) {
-    opt.optimizer = optimizers[i].name;
-    opt.learning_rate = optimizers[i].learning_rate;
-    double *pieces = change_by_updates(&trainer[0], PIECES, PIECE_B);
-    double *batch = change_by_updates(&trainer[1], 1, PIECES * PIECE_B);
-    double apart = distance(pieces, batch, trainer[0].model.count);   // of the changes
-    double sums = MAX(fabs(trainer[0].loss / trainer[1].loss - 1),
-                      fabs(trainer[0].grad_norm / trainer[1].grad_norm - 1));
-    double bar = IS_DOUBLE ? 1e-12 : 2e-6;
-    double tokens = PIECES * PIECE_B * PIECE_T;
-    int counted = trainer[0].tokens == UPDATES * tokens && trainer[1].tokens == UPDATES * tokens
-               && trainer[0].updates == UPDATES;
+    double *change[2], bar = IS_DOUBLE ? 1e-12 : 2e-6;
+    int counted = 1;
+    UpdateRow row[2][UPDATES], *last[2] = {&row[0][UPDATES - 1], &row[1][UPDATES - 1]};
+    for (int k = 0; k < 2; k++) {
+      int K = k ? 1 : PIECES;
+      change[k] = run_updates(t, i, optimizers[i].learning_rate, UPDATES, K, PIECES/K * PIECE_B,
+                              row[k]);
+      counted &= t->updates == UPDATES && t->tokens == UPDATES * PIECES * PIECE_B * PIECE_T;
+    }
+    double apart = distance(change[0], change[1], t->model.count);
+    double sums = larger(fabs(last[0]->loss / last[1]->loss - 1),
+                         fabs(last[0]->norm / last[1]->norm - 1));
     if (!expect(apart < bar && sums < bar && counted, opt.optimizer, "%.1e, %.1e", apart, sums))
       printf("    look at update() and dloss in it%s\n",
              fabs(sums + 1 - PIECES) > 1e-6 && fabs(sums + 1 - PIECES*PIECES) > 1e-6 ? "" :
@@ -1350,20 +1339,18 @@ static void check_accumulation(void) {
              "divided by the tokens of the whole update");
   }
   opt.batch_size = PIECE_B;
-  trainer[0].accumulate = 12;            // more copies to a GPU than can be on their way at once
-  double apart = gradient_apart(&trainer[0], &trainer[1]);
+  t->accumulate = 12;                    // more copies to a GPU than can be on their way at once
+  double apart = gradient_apart(t);
   expect(apart < (IS_DOUBLE ? 1e-14 : 1e-6), "the gradient of the next update",
          "%.1e from that of its micro-batches alone", apart);
 }
 
-static void apply(Trainer *t, int optimizer, double rate, int counted) {
-  long updates = t->updates;
+// An update from the gradients that are there.
+static void apply(Trainer *t, int optimizer, double rate) {
   opt.optimizer = optimizers[optimizer].name;
-  t->updates = counted;                  // for Adam's bias correction
   t->config = optimizer_config(t);
   t->config.learning_rate = (real)rate;
   launch(apply_gradients, t);
-  t->updates = updates + 1;
 }
 
 // ---- b. Every optimizer against its formula
@@ -1420,7 +1407,7 @@ static double apart_from_formula(int optimizer) {
   const long begin = 16, n = CHUNK + 177;
   const double decay = 0.1, b1 = 0.8, b2 = 0.95, norm = 7, clip = 2;
   const double rate = 3 * optimizers[optimizer].learning_rate;
-  double *w = new_doubles(n), *g = new_doubles(n), *got = new_doubles(n), apart = 0, change = 0;
+  double *w = new_doubles(n), *g = new_doubles(n), apart = 0, change = 0;
   Plain *p = (Plain *)host_alloc(NULL, n * sizeof(Plain));
   for (long i = 0; i < n; i++) {
     Plain fresh = {(real)random_normal(800, i), 0, 0, rate, b1, b2, decay, 0};
@@ -1443,10 +1430,10 @@ static double apart_from_formula(int optimizer) {
       plain_steps[optimizer](&p[i], g[i] * clip / norm);
     }
   }
-  get(got, s.w.data, n);
+  double *got = fetch(s.w.data, n);
   for (long i = 0; i < n; i++) {
     change = MAX(change, fabs(p[i].w - w[i]));
-    apart = fabs(got[i] - p[i].w) <= apart ? apart : fabs(got[i] - p[i].w);
+    apart = larger(apart, fabs(got[i] - p[i].w));
   }
   return apart / change;
 }
@@ -1454,17 +1441,15 @@ static double apart_from_formula(int optimizer) {
 // Weight decay reaches matrices only: with gradients of zero, SGD moves nothing else.
 static int vectors_do_not_decay(Trainer *t) {
   Model *m = &t->model;
-  double *before = new_doubles(m->count), *after = new_doubles(m->count), *x = before, *y = after;
   int ok = 1;
   reset(t);
-  get_parameters(before, m, m->weights.data);
   launch(zero_gradients, m);
   opt.weight_decay = 0.5; opt.grad_clip = 0;
-  apply(t, sgd, 1, 0);
-  get_parameters(after, m, m->weights.data);
+  apply(t, sgd, 1);
+  double *before = random_parameters(m), *after = fetch_parameters(m, m->weights.data);
   for (Entry *e = m->parameter; e < m->parameter + m->n_parameters; e++)
-    for (long i = 0; i < entry_count(e); i++, x++, y++)
-      ok &= fabs(*y - (e->cols ? 0.5 : 1) * *x) < 1e-6;
+    for (long i = 0; i < entry_count(e); i++)
+      ok &= fabs(*after++ - (e->cols ? 0.5 : 1) * *before++) < 1e-6;
   return ok;
 }
 
@@ -1611,144 +1596,122 @@ static void check_around_updates(Trainer *t) {
 
 // ---- c. Wrong recipes
 
-enum Recipe {   // how micro-batches become an update; all but the first are mistakes people made
-  SUM_OF_TOKENS, MEAN_OF_MEANS, NOT_DIVIDED, NOT_ZEROED, CLIP_EACH, COUNT_EACH, N_RECIPES
+enum Recipe {   // how micro-batches become an update; but for the first two, mistakes people made
+  SUM_OF_TOKENS, ONE_BY_ONE, MEAN_OF_MEANS, NOT_DIVIDED, NOT_ZEROED, CLIP_EACH, COUNT_EACH,
+  N_RECIPES
 };
 
-static void clip_each(Model *m, double *sum, double limit) {   // adds this gradient, clipped
-  double *own = new_doubles(m->count);
-  get_parameters(own, m, m->weights.grad);
-  double norm = norm_of(own, m->count), factor = norm > limit ? limit / norm : 1;
-  for (long i = 0; i < m->count; i++) sum[i] += factor * own[i];
-  launch(zero_gradients, m);
-}
-
-static void accumulate(Trainer *t, const Piece *piece, int n, enum Recipe recipe) {
-  Model *m = &t->model;
-  double tokens = 0, *sum = new_doubles(m->count);
+// Adds the gradients of n micro-batches, update u.
+static void accumulate(Model *m, const Piece *piece, int n, enum Recipe recipe, int u) {
+  double tokens = 0, dloss[MAX_PIECES];
   for (int k = 0; k < n; k++) tokens += piece[k].B * piece[k].T;
-  if (recipe != NOT_ZEROED || t->updates == 0) launch(zero_gradients, m);
   for (int k = 0; k < n; k++) {
     double own = piece[k].B * piece[k].T;
-    run_piece(m, piece[k], recipe == MEAN_OF_MEANS ? 1 / (own * n) : recipe == NOT_DIVIDED ? 1 / own
-                                                                   : 1 / tokens);
-    if (recipe == CLIP_EACH) clip_each(m, sum, opt.grad_clip / n);
+    dloss[k] = recipe == MEAN_OF_MEANS ? 1 / (own * n) : recipe == NOT_DIVIDED ? 1 / own
+                                                                               : 1 / tokens;
+    if (recipe != CLIP_EACH) continue;
+    launch(zero_gradients, m);
+    run_piece(m, piece[k], dloss[k]);
+    double norm = norm_of(fetch_parameters(m, m->weights.grad), m->count);
+    dloss[k] *= MIN(1, opt.grad_clip / n / norm);
   }
-  if (recipe == CLIP_EACH) put_parameters(sum, m, m->weights.grad);
+  if (recipe != NOT_ZEROED || u == 0) launch(zero_gradients, m);
+  for (int k = 0; k < n; k++) run_piece(m, piece[k], dloss[k]);
 }
 
-// The change of the weights over 2 updates from 4 unequal pieces each; alone: the same sequences,
-// but each is a piece by itself.
-static double *unequal_pieces(Trainer *t, enum Recipe recipe, int optimizer, int alone) {
+// The change of the weights over 2 updates from 4 unequal pieces each, or from their sequences.
+static double *unequal_pieces(Trainer *t, enum Recipe recipe, int optimizer) {
   static const Piece pieces[2][4] = {{{5, 7, 0}, {1, 7, 35}, {2, 3, 42}, {1, 2, 48}},
                                      {{3, 7, 50}, {1, 2, 71}, {1, 7, 73}, {4, 3, 80}}};
-  double *change = new_doubles(t->model.count), *first = random_parameters(&t->model);
   reset(t);
   for (int u = 0; u < 2; u++) {
-    Piece split[MAX_PIECES];
+    Piece sequence[MAX_PIECES];
     int n = 0;
     for (int k = 0; k < 4; k++)
       for (int b = 0; b < pieces[u][k].B; b++) {
         Piece p = {1, pieces[u][k].T, pieces[u][k].at + b * pieces[u][k].T};
-        split[n++] = p;
+        sequence[n++] = p;
       }
-    accumulate(t, alone ? split : pieces[u], alone ? n : 4, recipe);
-    apply(t, optimizer, optimizers[optimizer].learning_rate,
-          recipe == COUNT_EACH ? (u + 1)*4 - 1 : u);
+    if (recipe == ONE_BY_ONE) accumulate(&t->model, sequence, n, recipe, u);
+    else accumulate(&t->model, pieces[u], 4, recipe, u);
+    t->updates = recipe == COUNT_EACH ? (u + 1)*4 - 1 : u;   // before this one
+    apply(t, optimizer, optimizers[optimizer].learning_rate);
   }
-  get_parameters(change, &t->model, t->model.weights.data);
-  for (long i = 0; i < t->model.count; i++) change[i] -= first[i];
-  return change;
+  return change_of(&t->model);
 }
 
-static void check_recipes(void) {
-  static const char *what[N_RECIPES] = {
-    "a sum over tokens / all tokens of the update", "mean of the micro-batches' means",
+static void check_recipes(Trainer *t) {
+  static const char *const what[N_RECIPES] = {
+    "", "right: all 18 sequences one by one", "mean of the micro-batches' means",
     "means added, not divided by their number", "gradients not zeroed after the first update",
     "each micro-batch clipped, not the sum", "Adam's update counted per micro-batch"};
-  Trainer *t = new_trainer(TINY, 0);
   printf("\nc: wrong recipes. 2 updates, each of 4 unequal micro-batches (5x7, 1x7, 2x3, ...):\n"
          "how far is the change of the weights from the right one, and at what angle?\n"
          "%-46s %-8s %-10s %-8s %s\n", "", "SGD", "angle", "AdamW", "angle");
-  for (int recipe = -1; recipe < N_RECIPES; recipe++) {
-    const int optimizer[] = {sgd, adamw};
+  for (int recipe = ONE_BY_ONE; recipe < N_RECIPES; recipe++) {
     double off[2], turned[2];
-    opt.weight_decay = 0;
-    opt.grad_clip = recipe == CLIP_EACH ? 0.5 : 0;
+    set_options(PIECE_T, 0, recipe == CLIP_EACH ? 0.5 : 0);
     for (int i = 0; i < 2; i++) {
-      double *x = unequal_pieces(t, (enum Recipe)MAX(0, recipe), optimizer[i], recipe < 0);
-      double *y = unequal_pieces(t, SUM_OF_TOKENS, optimizer[i], 0);
+      double *x = unequal_pieces(t, (enum Recipe)recipe, i ? adamw : sgd);
+      double *y = unequal_pieces(t, SUM_OF_TOKENS, i ? adamw : sgd);
       off[i] = distance(x, y, t->model.count);
       turned[i] = angle(x, y, t->model.count);
     }
-    int right = recipe <= SUM_OF_TOKENS;
-    int ok = right ? off[0] < 1e-12 && off[1] < 1e-9 : MAX(off[0], off[1]) > 0.01;
-    const char *name = recipe < 0 ? "right: all 18 sequences one by one" : what[recipe];
-    printf("%-46s %-8.1e %5.1f deg  %-8.1e %5.1f deg  %s\n", name, off[0], turned[0], off[1],
-           turned[1], ok ? right ? "ok" : "wrong, as it should be" : "FAIL");
-    count_verdict(ok, "recipe", name);
+    double worst = larger(off[0], off[1]);
+    int right = recipe == ONE_BY_ONE, ok = right ? worst < 1e-12 : worst > 0.01;
+    printf("%-46s %-8.1e %5.1f deg  %-8.1e %5.1f deg  %s\n", what[recipe], off[0], turned[0],
+           off[1], turned[1], ok ? right ? "ok" : "wrong, as it should be" : "FAIL");
+    count_verdict(ok, "recipe", what[recipe]);
   }
 }
 
 // ---- d. Step by step, and e. the ladder
 
-// PIECES single steps, or one accumulated step with PIECES times the rate. Fills a row for each
-// micro-batch; returns the change of the weights.
-typedef struct { double loss, norm, change; } StepRow;
-static double *steps(Trainer *t, int optimizer, double rate, int single, StepRow *row) {
-  Model *m = &t->model;
-  double *first = random_parameters(m), *last = random_parameters(m), *now = new_doubles(m->count);
-  reset(t);
-  opt.weight_decay = opt.grad_clip = 0;
-  launch(zero_gradients, m);
-  for (int k = 0; k < PIECES; k++) {
-    Piece piece = {PIECE_B, PIECE_T, k * PIECE_B * PIECE_T};
-    double tokens = PIECE_B * PIECE_T * (single ? 1 : PIECES);
-    if (single) launch(zero_gradients, m);
-    run_piece(m, piece, 1 / tokens);
-    row[k].loss = mean_loss(m, PIECE_B * PIECE_T);
-    get_parameters(now, m, m->weights.grad);
-    row[k].norm = norm_of(now, m->count);
-    if (single) apply(t, optimizer, rate, k);
-    else if (k == PIECES - 1) apply(t, optimizer, rate * PIECES, 0);
-    get_parameters(now, m, m->weights.data);
-    for (long i = 0; i < m->count; i++) last[i] = now[i] - last[i];
-    row[k].change = norm_of(last, m->count);
-    memcpy(last, now, m->count * sizeof(double));
-  }
-  for (long i = 0; i < m->count; i++) now[i] -= first[i];
-  return now;
+// PIECES single steps, and one accumulated step with PIECES times the rate.
+typedef struct {
+  UpdateRow single[PIECES], multi;
+  double single_change, multi_change, difference, angle;   // in total
+} SideBySide;
+
+static SideBySide side_by_side(Trainer *t, int optimizer, double rate) {
+  SideBySide s;
+  long n = t->model.count;
+  double *x = run_updates(t, optimizer, rate, PIECES, 1, PIECE_B, s.single);
+  double *y = run_updates(t, optimizer, rate * PIECES, 1, PIECES, PIECE_B, &s.multi);
+  s.single_change = norm_of(x, n);
+  s.multi_change = norm_of(y, n);
+  s.difference = distance(x, y, n) * s.multi_change;
+  s.angle = angle(x, y, n);
+  return s;
 }
 
 static void show_steps(Trainer *t, int optimizer) {
   double rate = optimizers[optimizer].learning_rate;
-  long n = t->model.count;
-  StepRow one[PIECES], all[PIECES];
-  double *x = steps(t, optimizer, rate, 1, one), *y = steps(t, optimizer, rate, 0, all);
+  UpdateRow start[PIECES];
+  SideBySide s = side_by_side(t, optimizer, rate);
+  run_updates(t, optimizer, 0, PIECES, 1, PIECE_B, start);   // each at the weights of the start
   printf("%s: learning rate %-8g          | learning rate %g x %d\n", optimizers[optimizer].name,
          rate, rate, PIECES);
-  printf("  micro-batch   loss  |gradient|  |change|  |   loss  |gradient so far|  |change|\n");
+  printf("  micro-batch   loss  |gradient|  |change|  |   loss  |gradient|  |change|\n");
   for (int k = 0; k < PIECES; k++)
-    printf("  %-11d %6.3f  %10.4f  %8.4f  | %6.3f  %17.4f  %8.4f\n", k + 1, one[k].loss,
-           one[k].norm, one[k].change, all[k].loss, all[k].norm, all[k].change);
-  printf("  in total                        %8.4f  |                            %8.4f, %.1f degrees"
-         " apart\n", norm_of(x, n), norm_of(y, n), angle(x, y, n));
+    printf("  %-11d %6.3f  %10.4f  %8.4f  | %6.3f  %10.4f\n", k + 1, s.single[k].loss,
+           s.single[k].norm, s.single[k].change, start[k].loss, start[k].norm);
+  printf("  in total                        %8.4f  |         %10.4f  %8.4f, %.1f degrees apart\n",
+         s.single_change, s.multi.norm, s.multi_change, s.angle);
 }
 
 static void show_all_steps(Trainer *t) {
   printf("\nd: step by step. Left: %d updates, one after each micro-batch; right: their gradients\n"
-         "added, then one update with %d times the rate: all see the weights of the start.\n",
+         "at the weights of the start, and one update from the mean, with %d times the rate.\n",
          PIECES, PIECES);
+  set_options(PIECE_T, 0, 0);
   show_steps(t, sgd);
   show_steps(t, adamw);
   printf("every optimizer: |change| of %d steps, of one, and the angle between them\n", PIECES);
   for (int i = 0; i < N_OPTIMIZERS; i++) {
-    StepRow row[PIECES];
-    double rate = optimizers[i].learning_rate;
-    double *x = steps(t, i, rate, 1, row), *y = steps(t, i, rate, 0, row);
-    long n = t->model.count;
-    printf("  %-10s rate %-5g %9.4f %9.4f %6.1f degrees\n", optimizers[i].name, rate, norm_of(x, n),
-           norm_of(y, n), angle(x, y, n));
+    SideBySide s = side_by_side(t, i, optimizers[i].learning_rate);
+    printf("  %-10s rate %-5g %9.4f %9.4f %6.1f degrees\n", optimizers[i].name,
+           optimizers[i].learning_rate, s.single_change, s.multi_change, s.angle);
   }
 }
 
@@ -1761,14 +1724,11 @@ static void check_ladder(Trainer *t) {
          "  rate     |change|    |difference|  order\n", PIECES, PIECES);
   double last = NAN, order = NAN, rate = 0.1;
   for (int i = 0; i < 5; i++, rate /= 10) {
-    StepRow row[PIECES];
-    double *x = steps(t, sgd, rate, 1, row), *y = steps(t, sgd, rate, 0, row);
-    long n = t->model.count;
-    double change = norm_of(y, n), difference = distance(x, y, n) * change;
-    order = log10(last / difference);
-    printf("  %-8.0e %.3e   %.3e     ", rate, change, difference);
+    SideBySide s = side_by_side(t, sgd, rate);
+    order = log10(last / s.difference);
+    printf("  %-8.0e %.3e   %.3e     ", rate, s.multi_change, s.difference);
     printf(i ? "%.3f\n" : "\n", order);
-    last = difference;
+    last = s.difference;
   }
   expect(fabs(order - 2) < 0.01, "order of convergence", "%.4f, expected 2", order);
 }
@@ -1777,37 +1737,34 @@ static void check_ladder(Trainer *t) {
 // A sum in another order is rounded differently, and a number that two threads write has either
 // value: if the bits are the same on any number of threads, then each number has one owner.
 
-static double *numbers_after_updates(Trainer *t) {   // all weights, then all gradients
-  Model *m = &t->model;
-  double *x = new_doubles(2 * m->count);
-  reset(t);
-  opt.beta1 = 0.9; opt.beta2 = 0.99; opt.weight_decay = 0.1; opt.grad_clip = 1;
-  for (int u = 0; u < 2; u++) {
-    Piece pieces[] = {{1, 70, 20*u}, {1, 70, 20*u + 10}};
-    accumulate(t, pieces, 2, SUM_OF_TOKENS);
-    apply(t, adamw, 0.01, u);
-  }
-  get_parameters(x, m, m->weights.data);
-  get_parameters(x + m->count, m, m->weights.grad);
-  return x;
-}
-
 // More than a tile of attention; and a number of channels that no number of threads divides.
 static const Config TWO_TILES = {1, 7, 77, 72, LETTERS};
 
+static void long_updates(Trainer *t) {
+  UpdateRow row[2];
+  set_options(70, 0.1, 1);
+  run_updates(t, adamw, 0.01, 2, 2, 1, row);
+}
+
 static void check_threads(void) {   // the last check, since threads can only be added
   Trainer *t = new_trainer(TWO_TILES, 0);
-  long n = t->model.count;
-  double *one = numbers_after_updates(t);
+  Model *m = &t->model;
+  double *w = NULL, *g = NULL;
   printf("\nThreads: weights and gradients after 2 updates, bit for bit those of one thread?\n");
-  for (int i = 0; i < 4; i++) {
-    static const int threads[] = {2, 3, 5, 7};
+  for (int i = 0; i < 5; i++) {
+    static const int threads[] = {1, 2, 3, 5, 7};
     char name[32];
     snprintf(name, sizeof name, "on %d threads", threads[i]);
     device_start(threads[i], "fp32");
-    double *more = numbers_after_updates(t);
-    const char *gradient = first_difference(&t->model, one + n, more + n);
-    const char *weight = first_difference(&t->model, one, more);
+    long_updates(t);
+    double *more_w = fetch_parameters(m, m->weights.data);
+    double *more_g = fetch_parameters(m, m->weights.grad);
+    if (i == 0) {
+      w = more_w;
+      g = more_g;
+      continue;
+    }
+    const char *gradient = first_difference(m, g, more_g), *weight = first_difference(m, w, more_w);
     expect(!gradient && !weight, name, gradient ? "the gradient of %s differs" : weight
            ? "%s differs, but no gradient" : "yes%s", gradient ? gradient : weight ? weight : "");
   }
@@ -1825,14 +1782,15 @@ enum { HOUSES = 8 };
 static const double AREA[HOUSES] = {0.5, 1.4, 0.8, 1.9, 1.6, 0.7, 1.1, 1.0};
 static const double PRICE[HOUSES] = {1.32, 3.29, 2.05, 4.41, 3.88, 1.71, 2.76, 2.38};
 
-// Adds the gradient of sum (p[0] AREA + p[1] - PRICE)^2 / total over n houses; returns that sum.
-static double houses_gradient(const double *p, int first, int n, double total, double *grad) {
+// The sum of (p[0] AREA + p[1] - PRICE)^2 / total over n houses; adds its gradient, if grad is not
+// NULL.
+static double houses(const double *p, int first, int n, double total, double *grad) {
   double loss = 0;
   for (int i = first; i < first + n; i++) {
     double error = p[0] * AREA[i] + p[1] - PRICE[i];
     loss += error * error / total;
-    grad[0] += 2 * error * AREA[i] / total;
-    grad[1] += 2 * error / total;
+    if (grad) grad[0] += 2 * error * AREA[i] / total;
+    if (grad) grad[1] += 2 * error / total;
   }
   return loss;
 }
@@ -1846,28 +1804,25 @@ static Solution descend(int per_update, double rate, double least) {
     for (int first = 0; first < HOUSES; first += per_update, s.updates++) {
       double grad[2] = {0, 0};
       for (int i = first; i < first + per_update; i++)    // one house at a time, accumulated
-        houses_gradient(s.p, i, 1, per_update, grad);
+        houses(s.p, i, 1, per_update, grad);
       s.p[0] -= rate * grad[0]; s.p[1] -= rate * grad[1];
     }
-    double unused[2] = {0, 0};
-    s.loss = houses_gradient(s.p, 0, HOUSES, HOUSES, unused);
+    s.loss = houses(s.p, 0, HOUSES, HOUSES, NULL);
   }
   return s;
 }
 
 static Solution newton_step(void) {
   Solution s = {{0, 0}, 0, 1};
-  double g[2] = {0, 0}, column[2][2] = {{0}}, unused[2] = {0, 0};
-  houses_gradient(s.p, 0, HOUSES, HOUSES, g);
-  for (int i = 0; i < 2; i++) {
-    double moved[2] = {s.p[0] + (i == 0), s.p[1] + (i == 1)};
-    houses_gradient(moved, 0, HOUSES, HOUSES, column[i]);
-    for (int j = 0; j < 2; j++) column[i][j] -= g[j];
-  }
-  double det = column[0][0] * column[1][1] - column[0][1] * column[1][0];
-  s.p[0] -= (column[1][1] * g[0] - column[1][0] * g[1]) / det;
-  s.p[1] -= (column[0][0] * g[1] - column[0][1] * g[0]) / det;
-  s.loss = houses_gradient(s.p, 0, HOUSES, HOUSES, unused);
+  double g[2] = {0, 0}, x[2] = {0, 0}, y[2] = {0, 0}, move_x[2] = {1, 0}, move_y[2] = {0, 1};
+  houses(s.p, 0, HOUSES, HOUSES, g);
+  houses(move_x, 0, HOUSES, HOUSES, x);
+  houses(move_y, 0, HOUSES, HOUSES, y);
+  for (int j = 0; j < 2; j++) x[j] -= g[j], y[j] -= g[j];   // the columns of H
+  double det = x[0] * y[1] - x[1] * y[0];
+  s.p[0] -= (y[1] * g[0] - y[0] * g[1]) / det;
+  s.p[1] -= (x[0] * g[1] - x[1] * g[0]) / det;
+  s.loss = houses(s.p, 0, HOUSES, HOUSES, NULL);
   return s;
 }
 
@@ -1875,45 +1830,42 @@ static Solution newton_step(void) {
 // a line. In a quadratic that is 2, at any distance.
 static double twice_as_far(Trainer *t, double distance_moved) {
   Model *m = &t->model;
-  double *g[3], sum[2] = {0, 0}, *w = random_parameters(m);
+  double *g[3], *w = random_parameters(m);
   for (int k = 0; k < 3; k++) {
     for (long i = 0; k && i < m->count; i++)
       w[i] -= distance_moved * g[0][i] / norm_of(g[0], m->count);
     put_parameters(w, m, m->weights.data);
     launch(zero_gradients, m);
     run_piece(m, PIECE, 1.0 / (PIECE.B * PIECE.T));
-    get_parameters(g[k] = new_doubles(m->count), m, m->weights.grad);
-    for (long i = 0; k && i < m->count; i++) sum[k - 1] += pow(g[k][i] - g[0][i], 2);
+    g[k] = fetch_parameters(m, m->weights.grad);
   }
-  return sqrt(sum[1] / sum[0]);
-}
-
-static void print_solution(const char *name, Solution s, double passes) {
-  printf("  %-44s %8.4f %8.4f  %.8f %8ld %7g\n", name, s.p[0], s.p[1], s.loss, s.updates, passes);
+  return distance(g[2], g[0], m->count) / distance(g[1], g[0], m->count);
 }
 
 static void check_regression(Trainer *t) {
-  double sx = 0, sy = 0, sxx = 0, sxy = 0, n = HOUSES, unused[2] = {0, 0};
+  double sx = 0, sy = 0, sxx = 0, sxy = 0, n = HOUSES;
   for (int i = 0; i < HOUSES; i++)
     sx += AREA[i], sy += PRICE[i], sxx += AREA[i] * AREA[i], sxy += AREA[i] * PRICE[i];
   double weight = (n * sxy - sx * sy) / (n * sxx - sx * sx);   // the normal equations
-  Solution book = {{weight, (sy - weight * sx) / n}, 0, 0};
-  book.loss = houses_gradient(book.p, 0, HOUSES, HOUSES, unused);
+  double book[2] = {weight, (sy - weight * sx) / n}, least = houses(book, 0, HOUSES, HOUSES, NULL);
   printf("\nA model small enough to solve by hand: price = weight area + bias, %d houses, until\n"
          "the loss is within 1e-6 of the least\n  %-44s %8s %8s  %-10s %8s %7s\n", HOUSES, "",
          "weight", "bias", "loss", "updates", "passes");
-  Solution all[] = {descend(1, 0.008, book.loss), descend(4, 0.01, book.loss),
-                    descend(HOUSES, 0.3, book.loss), newton_step()};
-  print_solution("an update per house, rate 0.008", all[0], (double)all[0].updates / HOUSES);
-  print_solution("4 houses accumulated, one update, rate 0.01", all[1],
-                 (double)all[1].updates * 4 / HOUSES);
-  print_solution("full batch, rate 0.3", all[2], (double)all[2].updates);
-  print_solution("one-shot: a Newton step", all[3], 3);
-  print_solution("the normal equations", book, 1);
+  const struct { const char *name; double passes_per_update; Solution s; } all[] = {
+    {"an update per house, rate 0.008", 1.0 / HOUSES, descend(1, 0.008, least)},
+    {"4 houses accumulated, one update, rate 0.01", 4.0 / HOUSES, descend(4, 0.01, least)},
+    {"full batch, rate 0.3", 1, descend(HOUSES, 0.3, least)},
+    {"one-shot: a Newton step", 3, newton_step()},
+    {"the normal equations", 1, {{book[0], book[1]}, least, 1}}};
   double worst = 0;
-  for (int i = 0; i < 4; i++) worst = fmax(worst, all[i].loss - book.loss);
+  for (int i = 0; i < 5; i++) {
+    Solution s = all[i].s;
+    printf("  %-44s %8.4f %8.4f  %.8f %8ld %7g\n", all[i].name, s.p[0], s.p[1], s.loss, s.updates,
+           s.updates * all[i].passes_per_update);
+    worst = larger(worst, s.loss - least);
+  }
   expect(worst < 1e-6, "all four meet", "loss within %.1e of the least", worst);
-  double off = hypot(all[3].p[0] - book.p[0], all[3].p[1] - book.p[1]);
+  double off = hypot(all[3].s.p[0] - book[0], all[3].s.p[1] - book[1]);
   expect(off < 1e-12, "one Newton step is the answer", "%.1e from the normal equations", off);
   double near = twice_as_far(t, 1e-4), far = twice_as_far(t, 1);
   printf("No such step exists for the Transformer: with softmax, GELU and products of weights its\n"
@@ -2000,7 +1952,7 @@ static Model *make_saved(void) {
     launch(run_micro_batch, &batch);
   }
   opt.weight_decay = opt.grad_clip = 0;
-  apply(after, sgd, 0.1, 0);
+  apply(after, sgd, 0.1);
   add_tokens("tokens", m->token);
   add_tokens("targets", m->target);
   for (Entry *e = m->parameter; e < m->parameter + m->n_parameters; e++)
@@ -2219,7 +2171,7 @@ static void check_everything(void) {
   check_matmul_rungs();
 #endif
   if (SEARCH_FOR_RACES) {          // each kernel has run; now some updates
-    numbers_after_updates(new_trainer(TWO_TILES, 0));
+    long_updates(new_trainer(TWO_TILES, 0));
     return;
   }
 #ifdef GPU
@@ -2232,12 +2184,12 @@ static void check_everything(void) {
     return;
   }
   Trainer *t = new_trainer(TINY, 0);
-  check_accumulation();
+  check_accumulation(t);
   check_optimizers(t);
   check_around_updates(t);
 #ifndef GPU
   if (IS_DOUBLE) {
-    check_recipes();
+    check_recipes(t);
     show_all_steps(t);
     check_ladder(t);
     check_regression(t);
