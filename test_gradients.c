@@ -23,7 +23,7 @@
 //
 // Sections: 1 finite differences and the verdict, 2 layers, 3 the whole model, 4 single-step and
 // multi-step, 5 a model small enough to solve by hand, 6 somebody else's numbers, 7 main, 8 CUDA
-// without a GPU. To check a layer of your own, write it as squared_error in section 2 is written.
+// without a GPU. README.md shows how to check a layer of your own.
 
 // Without a GPU this file is compiled as two parts: first its end, section 8, then the rest.
 #if defined KERNELS && !defined __CUDACC__ && !defined EMULATED
@@ -36,7 +36,6 @@
 #define REAL double
 #endif
 #include <assert.h>
-#include <dirent.h>
 #define NO_MAIN                          // train.c's
 #define PROGRAM "test_gradients"
 #define LOWER "--shape"                  // what takes memory
@@ -421,8 +420,7 @@ enum Kind {
   OUTPUT,     // forward sets it; its gradient is given to backward
   SAVED,      // forward sets it for backward; it has no gradient
   SETS,       // an input whose gradient backward sets (=); it is NaN before, and must not be read
-  ADDS,       // an input whose gradient backward adds to (+=); it is random before
-  GIVEN       // an input without a gradient
+  ADDS        // an input whose gradient backward adds to (+=); it is random before
 };
 #ifdef WATCH
 enum { MAX_TENSORS = 8, GUARD = 0 };       // every access is watched
@@ -576,33 +574,6 @@ static void attention_plain(Shape s, double **x, const int *ids) {
 LAYER(attention, 10, (t[0], t[1], t[2], B, T, C, H),
       {"out", 'N', 'C', OUTPUT}, {"lse", 'P', 'T', SAVED}, {"qkv", 'N', 'Q', SETS})
 
-#ifndef GPU
-// A layer of one's own, which no GPT has: mean squared error, loss[n] = avg_o (y[n,o] -
-// target[n,o])^2
-static void squared_error_forward(Tensor loss, Tensor y, Tensor target, int N, int O) {
-  parallel_for (n, N) {
-    const real *y_n = y.data + n*O, *target_n = target.data + n*O;
-    loss.data[n] = SUM(real, o, O, (y_n[o] - target_n[o]) * (y_n[o] - target_n[o])) / O;
-  }
-}
-
-static void squared_error_backward(Tensor loss, Tensor y, Tensor target, int N, int O) {
-  // dy[n,o] = dloss[n] 2 (y[n,o] - target[n,o]) / O
-  parallel_for (n, N)
-    for (int o = 0; o < O; o++)
-      y.grad[n*O + o] = loss.grad[n] * 2 * (y.data[n*O + o] - target.data[n*O + o]) / O;
-}
-
-static void squared_error_plain(Shape s, double **x, const int *ids) {
-  for (int n = 0; n < s.B * s.T; n++) {
-    x[0][n] = 0;
-    for (int o = 0; o < s.O; o++) x[0][n] += pow(x[1][n*s.O + o] - x[2][n*s.O + o], 2) / s.O;
-  }
-}
-LAYER(squared_error, 0, (t[0], t[1], t[2], N, O),
-      {"loss", 'N', 1, OUTPUT}, {"y", 'N', 'O', SETS}, {"target", 'N', 'O', GIVEN})
-#endif
-
 // ---- Checking a layer
 
 static int extent(Shape s, int letter) {
@@ -651,7 +622,7 @@ static void make_data(Case *c, int i, double stress) {
   if (c->layer->spec[i].cols == 'V' && kind == SETS)
     make_correct(c->data[i], c->host_ids, c->spec[i].rows, (int)cols);
   c->t[i].data = on_device(c->data[i], n + GUARD);
-  c->t[i].grad = kind == SAVED || kind == GIVEN ? NULL : on_device(c->grad[i], n + GUARD);
+  c->t[i].grad = kind == SAVED ? NULL : on_device(c->grad[i], n + GUARD);
 }
 
 static Case *make_case(const Layer *layer, Shape s) {
@@ -1882,8 +1853,8 @@ static void check_regression(Trainer *t) {
 // parameter under its name in Hugging Face's GPT-2; every activation (N,..) under the name that
 // layout() gives it, `loss` being that of each token; grad.NAME of the mean loss for all of them;
 // and updated.NAME, each parameter after SGD with rate 0.1. Any program can start from the same
-// tokens and parameters and write what it found under these names, as safetensors, or as a folder
-// of files NAME.npy; --against compares what is there, in the order in which it is computed.
+// tokens and parameters and write what it found under these names, as safetensors; --against
+// compares what is there, in the order in which it is computed.
 
 static struct { const char *save, *against, *shape; int partial, sign; } asked;
 static Config saved_config = {2, 3, 12, 8, LETTERS};
@@ -1892,14 +1863,16 @@ static NamedTensor *saved;
 static int n_saved;
 
 static void read_shape(void) {   // --shape L,H,C,T,V,B
+  static const int least[6] = {1, 1, 1, 1, LETTERS, 1};
+  static const int most[6] = {48, 4096, 4096, MAX_TOKENS, 256, MAX_TOKENS};
   int x[6], n = 0;
   if (!asked.shape) return;
-  if (sscanf(asked.shape, "%d,%d,%d,%d,%d,%d%n", &x[0], &x[1], &x[2], &x[3], &x[4], &x[5], &n) != 6
-      || asked.shape[n] || x[0] < 1 || x[1] < 1 || x[2] < 1 || x[3] < 1 || x[4] < 2 || x[5] < 1
-      || x[0] > 48 || x[2] > 4096 || x[3] > MAX_TOKENS || x[5] > MAX_TOKENS / x[3] || x[4] > 256
-      || x[2] % x[1])
-    die("--shape %s: expected L,H,C,T,V,B, like 2,3,12,7,29,3, with H dividing C, V up to 256 and "
-        "T*B up to %d", asked.shape, MAX_TOKENS);
+  int ok = sscanf(asked.shape, "%d,%d,%d,%d,%d,%d%n", &x[0], &x[1], &x[2], &x[3], &x[4], &x[5],
+                  &n) == 6 && !asked.shape[n];
+  for (int i = 0; i < 6 && ok; i++) ok = x[i] >= least[i] && x[i] <= most[i];
+  if (!ok || x[3] * x[5] > MAX_TOKENS || x[2] % x[1])
+    die("--shape %s: expected L,H,C,T,V,B, like 2,3,12,7,29,3, with H dividing C, V from %d to 256 "
+        "and T*B up to %d", asked.shape, LETTERS, MAX_TOKENS);
   Config config = {x[0], x[1], x[2], x[3], x[4]};
   Piece piece = {x[5], x[3], 0};
   saved_config = config;
@@ -1921,16 +1894,6 @@ static void add_tokens(const char *name, const int *device) {
   add_saved("", name, saved_piece.B, saved_piece.T, on_device(numbers, N));
 }
 
-// Tokens for any vocabulary: letters of the poem, below V.
-static void load_saved_piece(Model *m) {
-  unsigned char letter[2 * MAX_TOKENS];
-  long start[MAX_TOKENS];
-  for (int i = 0; i < 2*MAX_TOKENS; i++)
-    letter[i] = poem()[(saved_piece.at + i) % POEM_SIZE] % m->config.vocab_size;
-  for (int b = 0; b < saved_piece.B; b++) start[b] = b * saved_piece.T;
-  load_windows(m, letter, start, saved_piece.B, saved_piece.T);
-}
-
 static void add_activations(const Model *m, int grad) {
   int n = m->n_activations, N = saved_piece.B * saved_piece.T;
   for (int i = 0; i < n; i++) {
@@ -1945,11 +1908,8 @@ static Model *make_saved(void) {
   Model *m = &before->model;
   for (int i = 0; i < 2; i++) {
     Trainer *t = i ? after : before;
-    MicroBatch batch = {&t->model, saved_piece.B, saved_piece.T,
-                        1.0 / (saved_piece.B * saved_piece.T)};
     reset(t);
-    load_saved_piece(&t->model);
-    launch(run_micro_batch, &batch);
+    run_piece(&t->model, saved_piece, 1.0 / (saved_piece.B * saved_piece.T));
   }
   opt.weight_decay = opt.grad_clip = 0;
   apply(after, sgd, 0.1);
@@ -1966,50 +1926,7 @@ static Model *make_saved(void) {
   return m;
 }
 
-// ---- Reading theirs: a safetensors file, or a folder of .npy files
-
-// NumPy's format: \x93NUMPY, version, the length of the header, and the header, a Python dictionary
-// like {'descr': '<f8', 'fortran_order': False, 'shape': (21, 12), }
-static int find_npy(Safetensors *st, const char *folder, const char *prefix, const char *name,
-                    StoredTensor *t) {
-  unsigned char start[12];
-  char file[200], header[1024] = "", *s;
-  struct stat info;
-  snprintf(file, sizeof file, "%s%s.npy", prefix, name);
-  strcpy(st->path, path_of(folder, file));
-  if (!(st->file = fopen(st->path, "rb"))) {
-    if (errno == ENOENT) return 0;
-    die("%s: %s", st->path, strerror(errno));
-  }
-  memset(t, 0, sizeof *t);
-  if (fread(start, 1, 12, st->file) != 12 || memcmp(start, "\x93NUMPY", 6))
-    die("%s is not a file of NumPy", st->path);
-  int wide = start[6] > 1;               // version 1 has 2 bytes of length, later ones 4
-  size_t length = start[8] + 256 * start[9];
-  st->begin = (wide ? 12 : 10) + (long)length;
-  if ((wide && (start[10] || start[11])) || length < 20 || length >= sizeof header
-      || fseek(st->file, wide ? 12 : 10, SEEK_SET)
-      || fread(header, 1, length, st->file) != length || fstat(fileno(st->file), &info))
-    die("%s: its header cannot be read", st->path);
-  t->st = st;
-  s = strstr(header, "'descr': '");
-  t->size = s ? atoi(s + 12) : 0;
-  snprintf(t->dtype, sizeof t->dtype, "%s%d", s && s[11] == 'f' ? "F" : "I", 8 * t->size);
-  if (!s || s[10] != '<' || t->size < 1 || t->size > 16
-      || !strstr(header, "'fortran_order': False"))
-    die("%s: expected numbers in C order: np.save(NAME, np.ascontiguousarray(x))", st->path);
-  long bytes = t->size;
-  s = strstr(header, "'shape': (");
-  for (s = s ? s + 10 : header; t->dims < 8 && isdigit((unsigned char)*s); t->dims++) {
-    t->shape[t->dims] = strtol(s, &s, 10);
-    if (bytes > LONG_MAX / MAX(t->shape[t->dims], 1)) die("%s: its shape is too large", st->path);
-    bytes *= t->shape[t->dims];
-    s += strspn(s, ", ");
-  }
-  t->offset[1] = bytes;
-  if (info.st_size - st->begin < bytes) die("%s is truncated", st->path);
-  return 1;
-}
+// ---- Reading theirs
 
 static int known_name(const char *name) {
   char full[160];
@@ -2020,48 +1937,21 @@ static int known_name(const char *name) {
   return 0;
 }
 
-// Says which of our names ends like this one.
-static void say_unknown(const char *name) {
-  const NamedTensor *best = NULL;
-  size_t most = 6;                       // ".bias" alone says nothing
-  for (const NamedTensor *x = saved; x < saved + n_saved; x++) {
-    size_t same = 0, a = strlen(name), b = strlen(x->name);
-    while (same < a && same < b && name[a - 1 - same] == x->name[b - 1 - same]) same++;
-    if (same > most || (same == most && best && b < strlen(best->name))) best = x, most = same;
-  }
-  int grad = best && !strncmp(name, "grad.", 5);
-  for (const char *c = name; *c; c++) putchar((unsigned char)*c < 32 || *c == 127 ? '?' : *c);
-  printf(" matches none of our names");
-  if (best) printf(": did you mean %s%s?", grad ? "grad." : "", best->name);
-  printf("\n");
-}
-
-// Names in their file that are none of ours. Returns how many; shows the first five.
-static int unknown_names(const char *path, const Safetensors *st) {
+// Names in the header of their file that are none of ours. Returns how many; shows the first five.
+static int unknown_names(const char *s) {
   int unknown = 0;
   char name[256];
-  DIR *folder = st->header ? NULL : opendir(path);
-  const char *s = st->header ? st->header : "";
-  for (;;) {
-    *name = 0;
-    if (folder) {
-      struct dirent *entry = readdir(folder);
-      size_t n = entry ? strlen(entry->d_name) : 0;
-      if (!entry) break;
-      if (n < 5 || strcmp(entry->d_name + n - 4, ".npy")) continue;
-      snprintf(name, sizeof name, "%.*s", (int)(n - 4), entry->d_name);
-    } else {
-      if (!(s = strchr(s, '"'))) break;
-      const char *end = s + 1 + strcspn(s + 1, "\""), *value = end + (*end != 0);
-      value += strspn(value, JSON_SPACE);
-      if (*value == ':') value += 1 + strspn(value + 1, JSON_SPACE);
-      if (*value == '{') snprintf(name, sizeof name, "%.*s", (int)MIN(255, end - s - 1), s + 1);
-      s = *end ? end + 1 : end;
-    }
-    if (!*name || !strcmp(name, "__metadata__") || known_name(name)) continue;
-    if (unknown++ < 5) say_unknown(name);
+  while ((s = strchr(s, '"'))) {
+    size_t n = strcspn(++s, "\"");
+    snprintf(name, sizeof name, "%.*s", (int)MIN(255, n), s);
+    s += n + (s[n] != 0);                // behind the quote that closes it
+    const char *value = s + strspn(s, JSON_SPACE);
+    if (*value == ':') value += 1 + strspn(value + 1, JSON_SPACE);
+    if (*value != '{' || !strcmp(name, "__metadata__") || known_name(name)) continue;
+    for (char *c = name; *c; c++)
+      if (iscntrl((unsigned char)*c)) *c = '?';
+    if (unknown++ < 5) printf("%s is none of the names that --save writes\n", name);
   }
-  if (folder) closedir(folder);
   return unknown;
 }
 
@@ -2070,68 +1960,66 @@ static double bar_for(const char *dtype) {   // what rounding to this precision 
   return !strcmp(dtype, "F64") ? BAR : !strcmp(dtype, "F16") ? 0.02 : 0.1;
 }
 
+static void head_alone(void *model) {
+  Model *m = (Model *)model;
+  int N = saved_piece.B * saved_piece.T, C = m->config.n_embd, V = m->config.vocab_size;
+  fill(m->wte.grad, (long)V*C, 0);
+  lm_head_backward(m->logits, m->x_f, m->wte, N, C, V);
+}
+
 // wte is used twice: is one of the two contributions to its gradient missing?
-static void say_tied(const Model *m, const double *got, const double *want, double bar) {
-  int C = m->config.n_embd, V = m->config.vocab_size, N = saved_piece.B * saved_piece.T;
-  double *x = new_doubles((long)N*C), *dlogits = new_doubles((long)N*V), *head = new_doubles(V*C);
-  double *embedding = new_doubles(V*C);
-  get(x, m->x_f.data, (long)N*C);
-  get(dlogits, m->logits.grad, (long)N*V);
-  for (int n = 0; n < N; n++)
-    for (int v = 0; v < V; v++)
-      for (int c = 0; c < C; c++) head[v*C + c] += dlogits[n*V + v] * x[n*C + c];
-  for (int i = 0; i < V*C; i++) embedding[i] = want[i] - head[i];
-  if (distance(got, head, V*C) < bar)
-    printf("    it is the head's contribution alone: the embedding's is missing; wte is tied\n");
-  if (distance(got, embedding, V*C) < bar)
-    printf("    it is the embedding's contribution alone: the head's is missing; wte is tied\n");
+static void say_tied(Model *m, const double *got, const double *want, double bar) {
+  long n = entry_count(&m->parameter[0]);
+  launch(head_alone, m);
+  double *head = fetch(m->wte.grad, n), *embedding = new_doubles(n);
+  for (long i = 0; i < n; i++) embedding[i] = want[i] - head[i];
+  for (int i = 0; i < 2; i++)
+    if (distance(got, i ? embedding : head, n) < bar)
+      printf("    it is the %s's contribution alone: the %s's is missing; wte is tied\n",
+             i ? "embedding" : "head", i ? "head" : "embedding");
+}
+
+// Compares a tensor of ours with theirs; returns 0 if they have none of this name.
+static int check_stored(Model *m, const Safetensors *st, const NamedTensor *x, const char *name) {
+  Shape shape = {saved_piece.B, saved_piece.T, saved_config.n_embd, saved_config.n_head,
+                 saved_config.vocab_size, 0};
+  StoredTensor stored;
+  long n = (long)x->rows * MAX(1, x->cols), their_n = 1;
+  if (!find_tensor(st, x->prefix, x->name, &stored)) return 0;
+  for (int d = 0; d < stored.dims; d++) their_n *= stored.shape[d];   // cannot overflow: the bytes
+  if (their_n != n) {                                                 // have been counted
+    expect(0, name, "has %ld numbers, expected %ld", their_n, n);
+  } else if (*stored.dtype != 'F' && *stored.dtype != 'B') {
+    expect(0, name, "is %s: save it as float64", stored.dtype);
+  } else {
+    double *got = new_doubles(n), *want = fetch(x->data, n);
+    real *numbers = (real *)host_alloc(NULL, n * sizeof(real));
+    read_numbers(&stored, numbers, n);
+    for (long i = 0; i < n; i++) got[i] = numbers[i];
+    Comparison row = {name, stored.dtype, x->rows, MAX(1, x->cols), got, want, NULL, &shape,
+                      bar_for(stored.dtype), NULL, NULL};
+    if (!(compare(row) <= row.bar) && failed == 1 && !strcmp(name, "grad.wte.weight"))
+      say_tied(m, got, want, row.bar);
+  }
+  return 1;
 }
 
 static void check_against(const char *path) {
-  Shape shape = {saved_piece.B, saved_piece.T, saved_config.n_embd, saved_config.n_head,
-                 saved_config.vocab_size, 0};
-  struct stat info;
-  Safetensors st, npy;
-  int known = 0, is_folder = !stat(path, &info) && S_ISDIR(info.st_mode);
-  char right[80] = "", wrong[80] = "";
-  const Model *m = make_saved();
-  memset(&st, 0, sizeof st);
-  if (!is_folder) st = safetensors_open(NULL, path);
+  Safetensors st = safetensors_open(NULL, path);
+  int known = 0;
+  char right[80] = "", wrong[80] = "", name[80];
+  Model *m = make_saved();
   heading("theirs", "here");
   for (NamedTensor *x = saved; x < saved + n_saved; x++) {
-    StoredTensor stored;
-    char name[80];
-    long n = (long)x->rows * MAX(1, x->cols), their_n = 1;
-    int before = failed;
-    if (!(is_folder ? find_npy(&npy, path, x->prefix, x->name, &stored)
-                    : find_tensor(&st, x->prefix, x->name, &stored))) continue;
-    known++;
     snprintf(name, sizeof name, "%s%s", x->prefix, x->name);
-    for (int d = 0; d < stored.dims; d++) their_n *= stored.shape[d];   // cannot overflow:
-    if (their_n != n) {                                  // the bytes have been counted
-      expect(0, name, "has %ld numbers, expected %ld", their_n, n);
-    } else if (*stored.dtype != 'F' && *stored.dtype != 'B') {
-      expect(0, name, "is %s: save it as float64", stored.dtype);
-    } else {
-      double *got = new_doubles(n), *want = new_doubles(n);
-      real *numbers = (real *)host_alloc(NULL, n * sizeof(real));
-      read_numbers(&stored, numbers, n);
-      for (long i = 0; i < n; i++) got[i] = numbers[i];
-      get(want, x->data, n);
-      Comparison row = {name, stored.dtype, x->rows, MAX(1, x->cols), got, want, NULL, &shape,
-                        bar_for(stored.dtype), NULL, NULL};
-      compare(row);
-      if (failed > before && !*wrong && !strcmp(name, "grad.wte.weight"))
-        say_tied(m, got, want, row.bar);
-    }
-    if (failed > before && !*wrong) {
-      strcpy(wrong, name);
-      shown_rows = NO_ROWS;              // what follows from the first is only counted
-    }
-    if (!*wrong) strcpy(right, name);
-    if (is_folder) fclose(npy.file);
+    if (!check_stored(m, &st, x, name)) continue;
+    known++;
+    if (!failed) strcpy(right, name);
+    if (!failed || *wrong) continue;
+    strcpy(wrong, name);
+    shown_rows = NO_ROWS;                // what follows from the first is only counted
   }
-  int unknown = unknown_names(path, &st);
+  int unknown = unknown_names(st.header);
   printf("%d of the %d tensors that --save writes were compared; %d of theirs match none\n", known,
          n_saved, unknown);
   if (*wrong) {
@@ -2150,7 +2038,7 @@ static void check_against(const char *path) {
 
 static Option test_options[] = {
   WORD(asked, save, NULL, 0, "write a training step of a tiny model as safetensors"),
-  WORD(asked, against, NULL, 0, "compare that step with somebody else's file, or folder of .npy"),
+  WORD(asked, against, NULL, 0, "compare that step with somebody else's file"),
   WORD(asked, shape, NULL, 0, "L,H,C,T,V,B of that model and its micro-batch: 2,3,12,7,29,3"),
   FLAG(asked, partial, "let --against ignore tensors that have none of our names"),
   FLAG(asked, sign, "at the end, read a word and print it: the judge of exercises sends one"),
