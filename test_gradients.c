@@ -582,7 +582,7 @@ static int extent(Shape s, int letter) {
   return at ? size[at - letters] : letter;
 }
 
-// No layer may write behind a tensor: there are GUARD numbers more, which it must leave as they are.
+// Behind each tensor there are GUARD numbers more, where no layer may write.
 static double *new_guarded(long n) {
   double *x = new_doubles(n + GUARD);
   for (int i = 0; i < GUARD; i++) x[n + i] = 12345;
@@ -785,48 +785,42 @@ static void check_layer(Layer *layer, Shape s, int every_element) {
 }
 
 // The shapes, in the order in which they are tried.
-typedef struct {
+static const struct {
   Shape s;
-  int every_element, other_gpu;          // a GPU with more, or fewer, multiprocessors
+  int every_element;
   const char *only;                      // the layers that are tried; NULL: all
-} Try;
-#define MATMULS "linear lm_head"
-static const Try tries[] = {
-  {{3, 7, 24, 3, 29, 10}, 1, 0, NULL},       // sizes that no tile, vector or CUDA block divides
-  {{2, 135, 150, 3, 301, 77}, 0, 0, NULL},   // more than one of each, in every direction
-  {{2, 3, 21, 7, 7, 9}, 1, 0, NULL},         // lengths that leave 1, 2 and 3 of 4, and 7 of 16;
-  {{1, 5, 23, 1, 10, 3}, 1, 0, NULL},        // one token, one sequence, one head, one channel a
-  {{5, 1, 13, 13, 33, 17}, 1, 0, NULL},      //   head
-  {{1, 300, 14, 2, 29, 10}, 0, 0, "attention"},   // more keys than the CPU takes at a time
-  {{3, 7, 525, 3, 29, 10}, 0, 0, MATMULS},   // few results, each a sum of over 512 terms: over
-  {{5, 121, 24, 3, 29, 10}, 0, 0, MATMULS},  //   channels, over rows. A GPU cuts these into slices
-#if defined GPU && !defined WATCH            // which kernel is used depends on the multiprocessors
-  {{2, 135, 150, 3, 301, 77}, 0, 1, MATMULS},
-  {{5, 121, 24, 3, 29, 10}, 0, 1, MATMULS},
-#endif
-};
+} tries[] = {
+  {{3, 7, 24, 3, 29, 10}, 1, NULL},      // sizes that no tile, vector or CUDA block divides
+  {{2, 135, 150, 3, 301, 77}, 0, NULL},  // more than one of each, in every direction
+  {{2, 3, 21, 7, 7, 9}, 1, NULL},        // lengths that leave 1, 2 and 3 of 4, and 7 of 16; one
+  {{1, 5, 23, 1, 10, 3}, 1, NULL},       //   token, one sequence, one head, one channel a head
+  {{5, 1, 13, 13, 33, 17}, 1, NULL},
+  {{1, 300, 14, 2, 29, 10}, 0, "attention"},        // more keys than the CPU takes at a time
+  {{3, 7, 525, 3, 29, 10}, 0, "linear lm_head"},    // few results, each a sum of over 512 terms:
+  {{5, 121, 24, 3, 29, 10}, 0, "linear lm_head"}};  //   over channels, over rows. A GPU slices it
 
-static void check_layers(const char **names, int n_names) {
+static const char *names[32];            // what is asked for
+static int n_names;                      // 0: everything
+
+static int wanted(const char *name) {
+  for (int k = 0; k < n_names; k++)
+    if (!strcmp(names[k], name)) return 1;
+  return !n_names;
+}
+
+static void check_layers(void) {
   printf("Layers. Every number of every input is moved (B 3, T 7, C 24, H 3, V 29, O 10); beyond\n"
          "a tile (B 2, T 135, C 150, H 3, V 301, O 77) all at once, in a random direction. Then\n"
          "every number at 3 odd shapes; of those rows only failures are shown.\n");
   heading("backward", "finite diff.");
   for (int i = 0; i < n_layers; i++) {
-    int asked = !n_names, failed_before = failed;
-    for (int k = 0; k < n_names; k++) asked |= !strcmp(names[k], layers[i]->name);
-    if (!asked) continue;
+    int failed_before = failed;
+    if (!wanted(layers[i]->name)) continue;
     checking = layers[i]->name;
     for (size_t k = 0; k < sizeof tries / sizeof *tries && failed == failed_before; k++) {
       if (tries[k].only && !strstr(tries[k].only, layers[i]->name)) continue;
       shown_rows = k > 0 && tries[k].every_element ? FAILURES : ALL_ROWS;
-#ifdef GPU
-      int before = multiprocessors;
-      if (tries[k].other_gpu) multiprocessors = before == 2 ? 132 : 2;
-#endif
       check_layer(layers[i], tries[k].s, tries[k].every_element);
-#ifdef GPU
-      multiprocessors = before;
-#endif
     }
     shown_rows = ALL_ROWS;
     if (failed > failed_before)
@@ -863,8 +857,7 @@ static void check_sums(void) {
   launch(sum_twice, &s);
   copy_out(&after, s.sums, sizeof after);
   double got[] = {after.loss, after.correct, after.grad_norm2};
-  for (int i = 0; i < 3; i++)
-    apart = larger(apart, fabs(got[i] / sums[i] - 1));
+  for (int i = 0; i < 3; i++) apart = larger(apart, fabs(got[i] / sums[i] - 1));
   expect(apart < 1e-11, "add_loss, squared_norm", "%.1e from plain sums", apart);
 }
 
@@ -911,13 +904,6 @@ static const unsigned char *poem(void) {
 typedef struct { int B, T, at; } Piece;   // a micro-batch: B sequences of T letters, from `at` on
 static const Piece PIECE = {3, 7, 5};
 enum { MAX_TOKENS = 100, MAX_PIECES = 64 };
-
-static void load_piece(Model *m, Piece p) {
-  long start[MAX_TOKENS];
-  assert(p.B * p.T <= MAX_TOKENS && p.at + p.B * p.T < 2*POEM_SIZE);
-  for (int b = 0; b < p.B; b++) start[b] = p.at + b * p.T;
-  load_windows(m, poem(), start, p.B, p.T);
-}
 
 // Parameters, or their gradients, one after the other in the order of the list.
 static double *fetch_parameters(const Model *m, const real *base) {
@@ -980,7 +966,10 @@ static void reset(Trainer *t) {                    // to random weights and no s
 
 static void run_piece(Model *m, Piece p, double dloss) {   // dloss 0: forward only
   MicroBatch batch = {m, p.B, p.T, dloss};
-  load_piece(m, p);
+  long start[MAX_TOKENS];
+  assert(p.B * p.T <= MAX_TOKENS && p.at + p.B * p.T < 2*POEM_SIZE);
+  for (int b = 0; b < p.B; b++) start[b] = p.at + b * p.T;
+  load_windows(m, poem(), start, p.B, p.T);
   launch(run_micro_batch, &batch);
 }
 
@@ -1073,10 +1062,9 @@ static void check_model(void) {
          "table of Place" : "the same gradients, bit for bit%s", differs ? differs : "");
 }
 
-// ---- In float. Each number is rounded to 24 bits, 6e-8 of its size, and so is each result.
-
-// So a difference of two losses is inexact by 1e-7 / h, and no h is right: a large one is not near
-// the limit.
+// In float each number is rounded to 24 bits, 6e-8 of its size, and so is each result. So a
+// difference of two losses is inexact by 1e-7 / h, and no h is right: a large one is not near the
+// limit.
 static void show_float_differences(void) {
   Trainer *t = new_trainer(TINY, 0);
   Model *m = &t->model;
@@ -1087,6 +1075,110 @@ static void show_float_differences(void) {
   double apart = distance(model_slopes(m, wpe), grad, entry_count(wpe));
   expect(apart > BAR, "finite differences in float", "of a right gradient are %.1e off: so they "
          "are taken of plain versions in double", apart);
+}
+
+// ---- Every optimizer against its formula
+
+// The same formulas as papers have them. A function for each name in the table of train.c: for a
+// new optimizer the compiler asks for its own.
+typedef struct { double w, m, v, rate, b1, b2, decay; int step; } Plain;
+static void plain_sgd(Plain *p, double g) { p->w -= p->rate * (g + p->decay * p->w); }
+static void plain_momentum(Plain *p, double g) {
+  p->m = p->b1 * p->m + g + p->decay * p->w;
+  p->w -= p->rate * p->m;
+}
+static void plain_adagrad(Plain *p, double g) {
+  g += p->decay * p->w;
+  p->v += g*g;
+  p->w -= p->rate * g / (sqrt(p->v) + 1e-8);
+}
+static void plain_rmsprop(Plain *p, double g) {
+  g += p->decay * p->w;
+  p->v = p->b2 * p->v + (1 - p->b2) * g*g;
+  p->w -= p->rate * g / (sqrt(p->v) + 1e-8);
+}
+static void plain_adadelta(Plain *p, double g) {
+  g += p->decay * p->w;
+  p->v = p->b2 * p->v + (1 - p->b2) * g*g;
+  double move = sqrt(p->m + 1e-6) / sqrt(p->v + 1e-6) * g;
+  p->m = p->b2 * p->m + (1 - p->b2) * move*move;
+  p->w -= p->rate * move;
+}
+static void adam_step(Plain *p, double g) {
+  p->m = p->b1 * p->m + (1 - p->b1) * g;
+  p->v = p->b2 * p->v + (1 - p->b2) * g*g;
+  double m_hat = p->m / (1 - pow(p->b1, p->step)), v_hat = p->v / (1 - pow(p->b2, p->step));
+  p->w -= p->rate * m_hat / (sqrt(v_hat) + 1e-8);
+}
+static void plain_adam(Plain *p, double g) { adam_step(p, g + p->decay * p->w); }
+static void plain_adamw(Plain *p, double g) {
+  p->w -= p->rate * p->decay * p->w;
+  adam_step(p, g);
+}
+
+#define PLAIN_STEP(name, ...) plain_##name,
+static void (*const plain_steps[])(Plain *, double) = {OPTIMIZERS(PLAIN_STEP)};
+
+// The options of update(), for windows of T letters of the poem.
+static void set_options(int T, double weight_decay, double grad_clip) {
+  text.byte = (unsigned char *)poem();
+  text.size = text.train_size = POEM_SIZE;
+  opt.config.block_size = T;
+  opt.seed = 1; opt.warmup = 0; opt.max_steps = 1000;
+  opt.beta1 = 0.9; opt.beta2 = 0.99; opt.weight_decay = weight_decay; opt.grad_clip = grad_clip;
+  n_trainers = 1;
+}
+
+// An update from the gradients that are there.
+static void apply(Trainer *t, int optimizer, double rate) {
+  opt.optimizer = optimizers[optimizer].name;
+  t->config = optimizer_config(t);
+  t->config.learning_rate = (real)rate;
+  launch(apply_gradients, t);
+}
+
+// Updates from random gradients, clipped; only matrices decay.
+static void check_optimizer(Trainer *t, int optimizer) {
+  const double decay = 0.1, clip = 2, rate = 3 * optimizers[optimizer].learning_rate;
+  Model *m = &t->model;
+  double *first = random_parameters(m), *g = new_doubles(m->count), change = 0, off[2] = {0, 0};
+  Plain *plain = (Plain *)host_alloc(NULL, m->count * sizeof(Plain));
+  long at = 0;
+  reset(t);
+  set_options(1, decay, clip);
+  for (Entry *e = m->parameter; e < m->parameter + m->n_parameters; e++)
+    for (long j = 0; j < entry_count(e); j++, at++) {
+      Plain p = {(real)first[at], 0, 0, rate, opt.beta1, opt.beta2, e->cols ? decay : 0, 0};
+      plain[at] = p;
+    }
+  for (int step = 1; step <= 4; step++, t->updates++) {
+    for (long i = 0; i < m->count; i++) g[i] = (real)random_normal(800 + step, i);
+    put_parameters(g, m, m->weights.grad);
+    apply(t, optimizer, rate);
+    double factor = clip / norm_of(g, m->count);
+    for (long i = 0; i < m->count; i++) {
+      plain[i].step = step;
+      plain_steps[optimizer](&plain[i], g[i] * factor);
+    }
+  }
+  double *got = fetch_parameters(m, m->weights.data);
+  for (long i = 0; i < m->count; i++) {
+    int vector = plain[i].decay == 0;
+    change = MAX(change, fabs(plain[i].w - first[i]));
+    off[vector] = larger(off[vector], fabs(got[i] - plain[i].w));
+  }
+  int ok = larger(off[0], off[1]) / change < (IS_DOUBLE ? 1e-11 : 1e-4);
+  expect(ok, optimizers[optimizer].name, ok ? "%.1e, %.1e" : "%.1e, %.1e: look at its row of "
+         "OPTIMIZERS, and at apply_gradients() and optimizer_step()", off[0] / change,
+         off[1] / change);
+}
+
+static void check_optimizers(void) {
+  const Config config = {1, 1, 20, 8, LETTERS};      // more weights than a chunk has
+  Trainer *t = new_trainer(config, 0);
+  printf("\nEvery optimizer, 4 updates with clipping, and decay of matrices, against its formula:\n"
+         "the worst weight of a matrix, and of a vector, relative to the largest change\n");
+  for (int i = 0; i < N_OPTIMIZERS; i++) check_optimizer(t, i);
 }
 
 #ifdef GPU
@@ -1210,31 +1302,15 @@ static void check_profile(void) {
 
 enum { PIECES = 4, PIECE_B = 2, PIECE_T = 7, UPDATES = 3 };
 
-// Softmax does not change when all scores of a query change alike, so the gradient of the bias of
-// the keys is zero. Rounding leaves noise there, and optimizers that divide by the size of the
-// gradient make steps of the noise: these biases are not compared.
-static void blank_key_biases(const Model *m, double *packed) {
-  for (Entry *e = m->parameter; e < m->parameter + m->n_parameters; packed += entry_count(e++))
-    if (strstr(e->name, "c_attn.bias"))
-      for (int c = e->rows / 3; c < e->rows / 3 * 2; c++) packed[c] = 0;
-}
-
-// The options of update(), for windows of T letters of the poem.
-static void set_options(int T, double weight_decay, double grad_clip) {
-  text.byte = (unsigned char *)poem();
-  text.size = text.train_size = POEM_SIZE;
-  opt.config.block_size = T;
-  opt.seed = 1; opt.warmup = 0; opt.max_steps = 1000;
-  opt.beta1 = 0.9; opt.beta2 = 0.99; opt.weight_decay = weight_decay; opt.grad_clip = grad_clip;
-  n_trainers = 1;
-}
-
-// How far the weights are from those of reset().
+// How far the weights are from those of reset(). Softmax does not change when all scores of a query
+// change alike, so the gradient of the bias of the keys is zero. Rounding leaves noise there, and
+// optimizers that divide by the size of the gradient make steps of the noise: so these are left out.
 static double *change_of(const Model *m) {
-  double *w = fetch_parameters(m, m->weights.data), *first = random_parameters(m);
-  for (long i = 0; i < m->count; i++) w[i] -= first[i];
-  blank_key_biases(m, w);
-  return w;
+  double *change = fetch_parameters(m, m->weights.data), *first = random_parameters(m), *x = change;
+  for (long i = 0; i < m->count; i++) change[i] -= first[i];
+  for (Entry *e = m->parameter; e < m->parameter + m->n_parameters; x += entry_count(e++))
+    for (int c = e->rows / 3; strstr(e->name, "c_attn.bias") && c < e->rows / 3 * 2; c++) x[c] = 0;
+  return change;
 }
 
 // n updates by update() of train.c, from K micro-batches of B sequences each. Windows depend on the
@@ -1253,8 +1329,9 @@ static double *run_updates(Trainer *t, int optimizer, double rate, int n, int K,
   for (int u = 0; u < n; u++) {
     update(t);
     double *now = fetch_parameters(m, m->weights.data);
-    UpdateRow r = {t->loss, t->grad_norm, distance(now, before, m->count) * norm_of(before, m->count)};
-    row[u] = r;
+    row[u].loss = t->loss;
+    row[u].norm = t->grad_norm;
+    row[u].change = distance(now, before, m->count) * norm_of(before, m->count);
     before = now;
   }
   return change_of(m);
@@ -1263,7 +1340,7 @@ static double *run_updates(Trainer *t, int optimizer, double rate, int n, int K,
 // After an update its gradient is still there. It must be that of the same micro-batches, alone, at
 // the weights before the update: nothing left from earlier updates, no micro-batch twice. The same
 // holds of loss, accuracy and norm.
-static double gradient_apart(Trainer *t) {
+static void check_next_gradient(Trainer *t) {
   Model *m = &t->model;
   MicroBatch batch = {m, opt.batch_size, opt.config.block_size, 0};
   double tokens = t->accumulate * batch.B * batch.T;
@@ -1280,9 +1357,12 @@ static double gradient_apart(Trainer *t) {
   double *want = fetch_parameters(m, m->weights.grad);
   update(t);
   double *got = fetch_parameters(m, m->weights.grad);
-  double apart = larger(distance(got, want, m->count), fabs(t->loss * tokens / sums.loss - 1));
-  return larger(larger(apart, fabs(t->accuracy * tokens / sums.correct - 1)),
-                fabs(t->grad_norm / norm_of(want, m->count) - 1));
+  double error[] = {distance(got, want, m->count), t->loss * tokens / sums.loss - 1,
+                    t->accuracy * tokens / sums.correct - 1,
+                    t->grad_norm / norm_of(want, m->count) - 1}, apart = 0;
+  for (int i = 0; i < 4; i++) apart = larger(apart, fabs(error[i]));
+  expect(apart < (IS_DOUBLE ? 1e-14 : 1e-6), "the gradient of the next update",
+         "%.1e from that of its micro-batches alone", apart);
 }
 
 static void check_accumulation(Trainer *t) {
@@ -1291,149 +1371,22 @@ static void check_accumulation(Trainer *t) {
          PIECES, PIECE_B, PIECE_T, PIECES * PIECE_B, PIECE_T, UPDATES);
   set_options(PIECE_T, 0.1, 1);
   for (int i = 0; i < N_OPTIMIZERS; i++) {
-    double *change[2], bar = IS_DOUBLE ? 1e-12 : 2e-6;
-    int counted = 1;
-    UpdateRow row[2][UPDATES], *last[2] = {&row[0][UPDATES - 1], &row[1][UPDATES - 1]};
-    for (int k = 0; k < 2; k++) {
-      int K = k ? 1 : PIECES;
-      change[k] = run_updates(t, i, optimizers[i].learning_rate, UPDATES, K, PIECES/K * PIECE_B,
-                              row[k]);
-      counted &= t->updates == UPDATES && t->tokens == UPDATES * PIECES * PIECE_B * PIECE_T;
-    }
-    double apart = distance(change[0], change[1], t->model.count);
-    double sums = larger(fabs(last[0]->loss / last[1]->loss - 1),
-                         fabs(last[0]->norm / last[1]->norm - 1));
+    const long tokens = UPDATES * PIECES * PIECE_B * PIECE_T, n = t->model.count;
+    double rate = optimizers[i].learning_rate, bar = IS_DOUBLE ? 1e-12 : 2e-6;
+    UpdateRow a[UPDATES], b[UPDATES], *x = &a[UPDATES - 1], *y = &b[UPDATES - 1];
+    double *pieces = run_updates(t, i, rate, UPDATES, PIECES, PIECE_B, a);
+    int counted = t->tokens == tokens && t->updates == UPDATES;
+    double *batch = run_updates(t, i, rate, UPDATES, 1, PIECES * PIECE_B, b);
+    counted &= t->tokens == tokens && t->updates == UPDATES;
+    double apart = distance(pieces, batch, n);
+    double sums = larger(fabs(x->loss / y->loss - 1), fabs(x->norm / y->norm - 1));
     if (!expect(apart < bar && sums < bar && counted, opt.optimizer, "%.1e, %.1e", apart, sums))
-      printf("    look at update() and dloss in it%s\n",
-             fabs(sums + 1 - PIECES) > 1e-6 && fabs(sums + 1 - PIECES*PIECES) > 1e-6 ? "" :
-             ": loss or norm are off by the number of micro-batches,\n    or its square, as if not "
-             "divided by the tokens of the whole update");
+      printf("    look at update() and dloss in it. Is loss or norm off by the number of\n"
+             "    micro-batches, or its square? Then it is not divided by all tokens of the update\n");
   }
   opt.batch_size = PIECE_B;
   t->accumulate = 12;                    // more copies to a GPU than can be on their way at once
-  double apart = gradient_apart(t);
-  expect(apart < (IS_DOUBLE ? 1e-14 : 1e-6), "the gradient of the next update",
-         "%.1e from that of its micro-batches alone", apart);
-}
-
-// An update from the gradients that are there.
-static void apply(Trainer *t, int optimizer, double rate) {
-  opt.optimizer = optimizers[optimizer].name;
-  t->config = optimizer_config(t);
-  t->config.learning_rate = (real)rate;
-  launch(apply_gradients, t);
-}
-
-// ---- b. Every optimizer against its formula
-
-// The same formulas as papers have them. A function for each name in the table of train.c: for a
-// new optimizer the compiler asks for its own.
-typedef struct { double w, m, v, rate, b1, b2, decay; int step; } Plain;
-static void plain_sgd(Plain *p, double g) { p->w -= p->rate * (g + p->decay * p->w); }
-static void plain_momentum(Plain *p, double g) {
-  p->m = p->b1 * p->m + g + p->decay * p->w;
-  p->w -= p->rate * p->m;
-}
-static void plain_adagrad(Plain *p, double g) {
-  g += p->decay * p->w;
-  p->v += g*g;
-  p->w -= p->rate * g / (sqrt(p->v) + 1e-8);
-}
-static void plain_rmsprop(Plain *p, double g) {
-  g += p->decay * p->w;
-  p->v = p->b2 * p->v + (1 - p->b2) * g*g;
-  p->w -= p->rate * g / (sqrt(p->v) + 1e-8);
-}
-static void plain_adadelta(Plain *p, double g) {
-  g += p->decay * p->w;
-  p->v = p->b2 * p->v + (1 - p->b2) * g*g;
-  double move = sqrt(p->m + 1e-6) / sqrt(p->v + 1e-6) * g;
-  p->m = p->b2 * p->m + (1 - p->b2) * move*move;
-  p->w -= p->rate * move;
-}
-static void adam_step(Plain *p, double g) {
-  p->m = p->b1 * p->m + (1 - p->b1) * g;
-  p->v = p->b2 * p->v + (1 - p->b2) * g*g;
-  double m_hat = p->m / (1 - pow(p->b1, p->step)), v_hat = p->v / (1 - pow(p->b2, p->step));
-  p->w -= p->rate * m_hat / (sqrt(v_hat) + 1e-8);
-}
-static void plain_adam(Plain *p, double g) { adam_step(p, g + p->decay * p->w); }
-static void plain_adamw(Plain *p, double g) {
-  p->w -= p->rate * p->decay * p->w;
-  adam_step(p, g);
-}
-
-#define PLAIN_STEP(name, ...) plain_##name,
-static void (*const plain_steps[])(Plain *, double) = {OPTIMIZERS(PLAIN_STEP)};
-
-typedef struct { Tensor w; real *m, *v; long begin, end; OptimizerConfig o; LossSums *sums; } Step;
-static void one_step(void *argument) {
-  Step *s = (Step *)argument;
-  optimizer_step(s->w, s->m, s->v, s->begin, s->end, s->o, s->sums);
-}
-
-// Steps on random gradients, clipped, for a range of weights longer than a chunk. Returns the worst
-// error of a weight, relative to the largest change.
-static double apart_from_formula(int optimizer) {
-  const long begin = 16, n = CHUNK + 177;
-  const double decay = 0.1, b1 = 0.8, b2 = 0.95, norm = 7, clip = 2;
-  const double rate = 3 * optimizers[optimizer].learning_rate;
-  double *w = new_doubles(n), *g = new_doubles(n), apart = 0, change = 0;
-  Plain *p = (Plain *)host_alloc(NULL, n * sizeof(Plain));
-  for (long i = 0; i < n; i++) {
-    Plain fresh = {(real)random_normal(800, i), 0, 0, rate, b1, b2, decay, 0};
-    p[i] = fresh;
-    w[i] = fresh.w;
-  }
-  LossSums sums = {0, 0, norm*norm};
-  Step s = {{on_device(w, n), on_device(w, n)}, on_device(g, n), on_device(g, n), begin, n,
-            {optimizer, (real)rate, (real)b1, (real)b2, (real)decay, (real)clip, 0, 0},
-            (LossSums *)device_alloc(sizeof(LossSums))};
-  copy_in(s.sums, &sums, sizeof sums);
-  for (int step = 1; step <= 4; step++) {
-    s.o.m_correction = (real)(1 / (1 - pow(b1, step)));
-    s.o.v_correction = (real)(1 / (1 - pow(b2, step)));
-    for (long i = 0; i < n; i++) g[i] = (real)random_normal(801 + step, i);
-    put(s.w.grad, g, n);
-    launch(one_step, &s);
-    for (long i = begin; i < n; i++) {
-      p[i].step = step;
-      plain_steps[optimizer](&p[i], g[i] * clip / norm);
-    }
-  }
-  double *got = fetch(s.w.data, n);
-  for (long i = 0; i < n; i++) {
-    change = MAX(change, fabs(p[i].w - w[i]));
-    apart = larger(apart, fabs(got[i] - p[i].w));
-  }
-  return apart / change;
-}
-
-// Weight decay reaches matrices only: with gradients of zero, SGD moves nothing else.
-static int vectors_do_not_decay(Trainer *t) {
-  Model *m = &t->model;
-  int ok = 1;
-  reset(t);
-  launch(zero_gradients, m);
-  opt.weight_decay = 0.5; opt.grad_clip = 0;
-  apply(t, sgd, 1);
-  double *before = random_parameters(m), *after = fetch_parameters(m, m->weights.data);
-  for (Entry *e = m->parameter; e < m->parameter + m->n_parameters; e++)
-    for (long i = 0; i < entry_count(e); i++)
-      ok &= fabs(*after++ - (e->cols ? 0.5 : 1) * *before++) < 1e-6;
-  return ok;
-}
-
-static void check_optimizers(Trainer *t) {
-  printf("\nb: every optimizer, 4 updates with clipping and decay, against its formula: the worst\n"
-         "weight, relative to the largest change\n");
-  for (int i = 0; i < N_OPTIMIZERS; i++) {
-    double apart = apart_from_formula(i);
-    int ok = apart < (IS_DOUBLE ? 1e-11 : 1e-4);
-    expect(ok, optimizers[i].name, ok ? "%.1e" : "%.1e: look at its case in update_weight(), and "
-           "at optimizer_step()", apart);
-  }
-  expect(vectors_do_not_decay(t), "weight decay", "of matrices only");
+  check_next_gradient(t);
 }
 
 // ---- What stands around an update: initial weights, data, evaluation, learning rate
@@ -1448,23 +1401,20 @@ static void check_initial_weights(void) {
   model_init(m, 1337);
   for (Entry *e = m->parameter; e < m->parameter + m->n_parameters; e++) {
     long n = entry_count(e);
-    double *w = new_doubles(n), mean = 0, variance = 0;
+    double *w = fetch(e->tensor->data, n), mean = 0, variance = 0;
     int k = 0;
     while (!strstr(e->name, table[k].name)) k++;
-    get(w, e->tensor->data, n);
     for (long i = 0; i < n; i++) mean += w[i] / n;
     for (long i = 0; i < n; i++) variance += (w[i] - mean) * (w[i] - mean) / n;
     double std = table[k].std, slack = 5 / sqrt((double)n);   // 5 standard errors
     if (!(fabs(mean - table[k].mean) <= slack * std + 1e-7
           && fabs(sqrt(variance) - std) <= slack * std)) wrong = e->name;
   }
-  double first[3], flop = 6 * 10 * (100*64 + 2*12*64*64 + 7*64*2);   // for 10 tokens, T 7
-  get(first, m->wte.data, 1);
-  get(first + 1, m->wpe.data, 1);
+  double wte = *fetch(m->wte.data, 1), wpe = *fetch(m->wpe.data, 1);
+  double flop = 6 * 10 * (100*64 + 2*12*64*64 + 7*64*2);   // for 10 tokens, T 7
   model_init(m, 1338);
-  get(first + 2, m->wte.data, 1);
-  expect(first[0] != first[2] && first[1] != first[2], "initial weights",
-         "of the next seed are others");
+  double next = *fetch(m->wte.data, 1);
+  expect(next != wte && next != wpe, "initial weights", "of the next seed are others");
   expect(model_flop(m, 10, 7) == flop, "floating-point operations", "%.0f", model_flop(m, 10, 7));
   expect(!wrong, "initial weights", wrong ? "%s has another mean or standard deviation"
          : "mean and standard deviation as in GPT-2%s", wrong ? wrong : "");
@@ -1537,12 +1487,10 @@ static void check_learning_rate(Trainer *t) {
   worst = larger(worst, fabs(learning_rate(t) - 0.05));
   expect(worst < 1e-12, "learning rate", "warmup, cosine, end: %.1e from a table", worst);
   t->updates = 2; t->first_update = 1;   // as after --resume
-  opt.beta1 = 0.5; opt.beta2 = 0.9999; opt.weight_decay = 0.3; opt.grad_clip = 4;
+  opt.beta1 = 0.5; opt.beta2 = 0.9999;
   OptimizerConfig o = optimizer_config(t);
-  int ok = fabs(o.m_correction * 7/8 - 1) < 1e-6
-        && fabs(o.v_correction * 2.9997000100e-4 - 1) < 1e-6 && o.beta1 == (real)0.5
-        && o.beta2 == (real)0.9999 && o.weight_decay == (real)0.3 && o.grad_clip == 4;
-  expect(ok, "bias correction of the third update", "1 / (1 - beta^3), beta 0.5 and 0.9999");
+  expect(fabs(o.m_correction * 7/8 - 1) < 1e-6 && fabs(o.v_correction * 2.9997000100e-4 - 1) < 1e-6,
+         "bias correction of the third update", "1 / (1 - beta^3), beta 0.5 and 0.9999");
 }
 
 static void check_decode(void) {
@@ -1565,7 +1513,7 @@ static void check_around_updates(Trainer *t) {
   check_decode();
 }
 
-// ---- c. Wrong recipes
+// ---- b. Wrong recipes
 
 enum Recipe {   // how micro-batches become an update; but for the first two, mistakes people made
   SUM_OF_TOKENS, ONE_BY_ONE, MEAN_OF_MEANS, NOT_DIVIDED, NOT_ZEROED, CLIP_EACH, COUNT_EACH,
@@ -1616,7 +1564,7 @@ static void check_recipes(Trainer *t) {
     "", "right: all 18 sequences one by one", "mean of the micro-batches' means",
     "means added, not divided by their number", "gradients not zeroed after the first update",
     "each micro-batch clipped, not the sum", "Adam's update counted per micro-batch"};
-  printf("\nc: wrong recipes. 2 updates, each of 4 unequal micro-batches (5x7, 1x7, 2x3, ...):\n"
+  printf("\nb: wrong recipes. 2 updates, each of 4 unequal micro-batches (5x7, 1x7, 2x3, ...):\n"
          "how far is the change of the weights from the right one, and at what angle?\n"
          "%-46s %-8s %-10s %-8s %s\n", "", "SGD", "angle", "AdamW", "angle");
   for (int recipe = ONE_BY_ONE; recipe < N_RECIPES; recipe++) {
@@ -1636,7 +1584,7 @@ static void check_recipes(Trainer *t) {
   }
 }
 
-// ---- d. Step by step, and e. the ladder
+// ---- c. Step by step, and d. the ladder
 
 // PIECES single steps, and one accumulated step with PIECES times the rate.
 typedef struct {
@@ -1672,7 +1620,7 @@ static void show_steps(Trainer *t, int optimizer) {
 }
 
 static void show_all_steps(Trainer *t) {
-  printf("\nd: step by step. Left: %d updates, one after each micro-batch; right: their gradients\n"
+  printf("\nc: step by step. Left: %d updates, one after each micro-batch; right: their gradients\n"
          "at the weights of the start, and one update from the mean, with %d times the rate.\n",
          PIECES, PIECES);
   set_options(PIECE_T, 0, 0);
@@ -1690,7 +1638,7 @@ static void show_all_steps(Trainer *t) {
 // with each g at the start. From step to step a g changes by rate times something: so the moves
 // differ by rate^2 times something, and agree in the limit.
 static void check_ladder(Trainer *t) {
-  printf("\ne: the ladder. %d steps of SGD against one of %d times the rate: when the rate falls\n"
+  printf("\nd: the ladder. %d steps of SGD against one of %d times the rate: when the rate falls\n"
          "by 10, so does the change, and the difference falls by 100\n"
          "  rate     |change|    |difference|  order\n", PIECES, PIECES);
   double last = NAN, order = NAN, rate = 0.1;
@@ -1720,7 +1668,7 @@ static void long_updates(Trainer *t) {
 static void check_threads(void) {   // the last check, since threads can only be added
   Trainer *t = new_trainer(TWO_TILES, 0);
   Model *m = &t->model;
-  double *w = NULL, *g = NULL;
+  double *w[2], *g[2];                   // on one thread, and on more
   printf("\nThreads: weights and gradients after 2 updates, bit for bit those of one thread?\n");
   for (int i = 0; i < 5; i++) {
     static const int threads[] = {1, 2, 3, 5, 7};
@@ -1728,14 +1676,11 @@ static void check_threads(void) {   // the last check, since threads can only be
     snprintf(name, sizeof name, "on %d threads", threads[i]);
     device_start(threads[i], "fp32");
     long_updates(t);
-    double *more_w = fetch_parameters(m, m->weights.data);
-    double *more_g = fetch_parameters(m, m->weights.grad);
-    if (i == 0) {
-      w = more_w;
-      g = more_g;
-      continue;
-    }
-    const char *gradient = first_difference(m, g, more_g), *weight = first_difference(m, w, more_w);
+    w[i > 0] = fetch_parameters(m, m->weights.data);
+    g[i > 0] = fetch_parameters(m, m->weights.grad);
+    if (i == 0) continue;
+    const char *gradient = first_difference(m, g[0], g[1]);
+    const char *weight = first_difference(m, w[0], w[1]);
     expect(!gradient && !weight, name, gradient ? "the gradient of %s differs" : weight
            ? "%s differs, but no gradient" : "yes%s", gradient ? gradient : weight ? weight : "");
   }
@@ -1774,8 +1719,7 @@ static Solution descend(int per_update, double rate, double least) {
   while (s.updates < 20000 && s.loss >= least + 1e-6) {   // false for NaN
     for (int first = 0; first < HOUSES; first += per_update, s.updates++) {
       double grad[2] = {0, 0};
-      for (int i = first; i < first + per_update; i++)    // one house at a time, accumulated
-        houses(s.p, i, 1, per_update, grad);
+      houses(s.p, first, per_update, per_update, grad);
       s.p[0] -= rate * grad[0]; s.p[1] -= rate * grad[1];
     }
     s.loss = houses(s.p, 0, HOUSES, HOUSES, NULL);
@@ -1904,15 +1848,10 @@ static void add_activations(const Model *m, int grad) {
 
 // All tensors, in the order in which they are computed. Returns the model of the step.
 static Model *make_saved(void) {
-  Trainer *before = new_trainer(saved_config, 1), *after = new_trainer(saved_config, 1);
-  Model *m = &before->model;
-  for (int i = 0; i < 2; i++) {
-    Trainer *t = i ? after : before;
-    reset(t);
-    run_piece(&t->model, saved_piece, 1.0 / (saved_piece.B * saved_piece.T));
-  }
-  opt.weight_decay = opt.grad_clip = 0;
-  apply(after, sgd, 0.1);
+  Trainer *t = new_trainer(saved_config, 1);
+  Model *m = &t->model;
+  reset(t);
+  run_piece(m, saved_piece, 1.0 / (saved_piece.B * saved_piece.T));
   add_tokens("tokens", m->token);
   add_tokens("targets", m->target);
   for (Entry *e = m->parameter; e < m->parameter + m->n_parameters; e++)
@@ -1921,18 +1860,21 @@ static Model *make_saved(void) {
   add_activations(m, 1);
   for (Entry *e = m->parameter + m->n_parameters - 1; e >= m->parameter; e--)
     add_saved("grad.", e->name, e->rows, e->cols, e->tensor->grad);
-  for (Entry *e = m->parameter; e < m->parameter + m->n_parameters; e++)
-    add_saved("updated.", e->name, e->rows, e->cols, after->model.weights.data + e->data_at);
+  for (Entry *e = m->parameter; e < m->parameter + m->n_parameters; e++) {
+    long n = entry_count(e);
+    double *w = fetch(e->tensor->data, n), *grad = fetch(e->tensor->grad, n);
+    for (long i = 0; i < n; i++) w[i] -= 0.1 * grad[i];
+    add_saved("updated.", e->name, e->rows, e->cols, on_device(w, n));
+  }
   return m;
 }
 
 // ---- Reading theirs
 
 static int known_name(const char *name) {
-  char full[160];
-  for (int i = 0; i < n_saved; i++) {
-    snprintf(full, sizeof full, "%s%s", saved[i].prefix, saved[i].name);
-    if (!strcmp(full, name)) return 1;
+  for (const NamedTensor *x = saved; x < saved + n_saved; x++) {
+    size_t n = strlen(x->prefix);
+    if (!strncmp(name, x->prefix, n) && !strcmp(name + n, x->name)) return 1;
   }
   return 0;
 }
@@ -2044,8 +1986,8 @@ static Option test_options[] = {
   FLAG(asked, sign, "at the end, read a word and print it: the judge of exercises sends one"),
   END_OF_OPTIONS};
 
-static void check_names(const char **names, int n) {
-  for (int i = 0; i < n; i++) {
+static void check_names(void) {
+  for (int i = 0; i < n_names; i++) {
     int k = 0;
     while (k < n_layers && strcmp(names[i], layers[k]->name)) k++;
     if (k == n_layers && strcmp(names[i], "sums") && strcmp(names[i], "optimizers"))
@@ -2053,8 +1995,16 @@ static void check_names(const char **names, int n) {
   }
 }
 
-static void check_everything(void) {
-  check_sums();
+static void check_parts(void) {
+  check_layers();
+  checking = "sums";
+  if (wanted("sums")) check_sums();
+  checking = "optimizers";
+  if (wanted("optimizers")) check_optimizers();
+}
+
+static void check_the_rest(void) {
+  checking = "what follows the layers";
 #ifdef GPU
   check_matmul_rungs();
 #endif
@@ -2068,12 +2018,11 @@ static void check_everything(void) {
   if (IS_DOUBLE) check_model();
 #endif
   if (failed) {
-    printf("\nWhat follows is left out: it stands on gradients, and some are wrong.\n");
+    printf("\nWhat follows is left out: it stands on what is checked above.\n");
     return;
   }
   Trainer *t = new_trainer(TINY, 0);
   check_accumulation(t);
-  check_optimizers(t);
   check_around_updates(t);
 #ifndef GPU
   if (IS_DOUBLE) {
@@ -2090,14 +2039,13 @@ static void check_everything(void) {
 }
 
 int main(int argc, char **argv) {
-  const char *names[32];
   char usage[1000] = "usage: test_gradients [LAYER...] [options]\n\n"
                      "Checks every gradient, or those of these layers:\n ";
   double started = seconds();
   for (int i = 0; i < n_layers; i++) strcat(strcat(usage, " "), layers[i]->name);
   strcat(usage, "\n  sums optimizers\n");
-  int n = parse_options(test_options, argc, argv, usage, names, 32);
-  check_names(names, n);
+  n_names = parse_options(test_options, argc, argv, usage, names, 32);
+  check_names();
   read_shape();
   report_crashes();
   checking = "the device";
@@ -2115,14 +2063,8 @@ int main(int argc, char **argv) {
     checking = "--against";
     check_against(asked.against);
   } else {
-    check_layers(names, n);
-    checking = "what follows the layers";
-    if (!n) check_everything();
-    for (int i = 0; i < n; i++) {
-      checking = names[i];
-      if (!strcmp(names[i], "sums")) check_sums();
-      if (!strcmp(names[i], "optimizers")) check_optimizers(new_trainer(TINY, 0));
-    }
+    check_parts();
+    if (!n_names) check_the_rest();
     printf("\nworst relative errors:\n");
     for (int i = 0; i < n_layers; i++)
       if (layers[i]->worst >= 0) printf("  %-16s %.1e\n", layers[i]->name, layers[i]->worst);
