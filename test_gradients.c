@@ -1304,7 +1304,7 @@ enum { PIECES = 4, PIECE_B = 2, PIECE_T = 7, UPDATES = 3 };
 
 // How far the weights are from those of reset(). Softmax does not change when all scores of a query
 // change alike, so the gradient of the bias of the keys is zero. Rounding leaves noise there, and
-// optimizers that divide by the size of the gradient make steps of the noise: so these are left out.
+// optimizers that divide by the size of the gradient make steps of the noise: these are left out.
 static double *change_of(const Model *m) {
   double *change = fetch_parameters(m, m->weights.data), *first = random_parameters(m), *x = change;
   for (long i = 0; i < m->count; i++) change[i] -= first[i];
@@ -1382,7 +1382,7 @@ static void check_accumulation(Trainer *t) {
     double sums = larger(fabs(x->loss / y->loss - 1), fabs(x->norm / y->norm - 1));
     if (!expect(apart < bar && sums < bar && counted, opt.optimizer, "%.1e, %.1e", apart, sums))
       printf("    look at update() and dloss in it. Is loss or norm off by the number of\n"
-             "    micro-batches, or its square? Then it is not divided by all tokens of the update\n");
+             "    micro-batches, or its square? Then it is not divided by the update's tokens\n");
   }
   opt.batch_size = PIECE_B;
   t->accumulate = 12;                    // more copies to a GPU than can be on their way at once
