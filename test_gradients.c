@@ -21,9 +21,9 @@
 // (section 3 shows it), those of the plain version in double do not. And each compares a training
 // step of a small model, tensor by tensor, with what the first program has saved.
 //
-// Sections: 1 finite differences and the verdict, 2 layers, 3 the whole model, 4 single-step and
-// multi-step, 5 a model small enough to solve by hand, 6 somebody else's numbers, 7 main, 8 CUDA
-// without a GPU. README.md shows how to check a layer of your own.
+// Sections: 1 finite differences and the verdict, 2 layers, 3 the whole model, and optimizers,
+// 4 single-step and multi-step, 5 a model small enough to solve by hand, 6 somebody else's numbers,
+// 7 main, 8 CUDA without a GPU. README.md shows how to check a layer of your own.
 
 // Without a GPU this file is compiled as two parts: first its end, section 8, then the rest.
 #if defined KERNELS && !defined __CUDACC__ && !defined EMULATED
@@ -589,6 +589,12 @@ static double *new_guarded(long n) {
   return x;
 }
 
+static double *random_numbers(long n, int seed) {
+  double *x = new_guarded(n);
+  for (long i = 0; i < n; i++) x[i] = (float)random_normal(seed, i);
+  return x;
+}
+
 static double stress_at(long row, long col, long cols) {   // -1, 0 or 1
   switch (row % 20) {
   case 0: return col < cols / 3 ? 1 : -1;          // q large, k small: scores below zero
@@ -654,7 +660,7 @@ static double *fetch(const real *device, long n) {
   return x;
 }
 
-// Is a tensor, or if it may be written what is behind it, as it was put there?
+// Is what may not be written as it was put there: a tensor, or only what is behind it?
 static int untouched(const real *device, const double *before, long n, int may_be_written) {
   long from = may_be_written ? n : 0;
   return !device || !memcmp(fetch(device, n + GUARD) + from, before + from,
@@ -746,8 +752,7 @@ static long outermost(Case *c, int i, const double *got, const double *direction
 // the first and the last wrong one are found in few steps.
 static double check_direction(Case *c, int i, const char *tensor, const double *got) {
   long n = count_in(c, i), cols = c->spec[i].cols, T = c->s.T;
-  double *direction = new_doubles(n);
-  for (long j = 0; j < n; j++) direction[j] = random_normal(400 + i, j);
+  double *direction = random_numbers(n, 400 + i);
   Slope all = slope_in(c, i, got, direction, 0, n);
   double size = MAX(norm_of(got, n), fabs(all.found));
   double error = fabs(all.promised - all.found) / size;
@@ -796,8 +801,8 @@ static const struct {
   {{1, 5, 23, 1, 10, 3}, 1, NULL},       //   token, one sequence, one head, one channel a head
   {{5, 1, 13, 13, 33, 17}, 1, NULL},
   {{1, 300, 14, 2, 29, 10}, 0, "attention"},        // more keys than the CPU takes at a time
-  {{3, 7, 525, 3, 29, 10}, 0, "linear lm_head"},    // few results, each a sum of over 512 terms:
-  {{5, 121, 24, 3, 29, 10}, 0, "linear lm_head"}};  //   over channels, over rows. A GPU slices it
+  {{3, 7, 525, 3, 29, 10}, 0, "linear lm_head"},    // few results, each a sum of over 512 terms,
+  {{5, 121, 24, 3, 29, 10}, 0, "linear lm_head"}};  //   which a GPU cuts into slices
 
 static const char *names[32];            // what is asked for
 static int n_names;                      // 0: everything
@@ -843,10 +848,9 @@ static void sum_twice(void *argument) {
 
 static void check_sums(void) {
   const int n = 259*CHUNK + 77;          // more chunks than a CUDA block has threads
-  double *loss = new_doubles(n), *correct = new_doubles(n), sums[3] = {3, 5, 0}, apart = 0;
+  double *loss = random_numbers(n, 700), *correct = new_doubles(n), sums[3] = {3, 5, 0}, apart = 0;
   LossSums before = {3, 5, 7}, after;
   for (int i = 0; i < n; i++) {
-    loss[i] = (float)random_normal(700, i);
     correct[i] = random_bits(701, i) % 3 == 0;
     sums[0] += 2*loss[i]; sums[1] += 2*correct[i]; sums[2] += loss[i] * loss[i];
   }
@@ -1190,49 +1194,44 @@ static void run_matmul(void *argument) {
   matmul(p->c, p->a, p->b, p->M, p->N, p->K, p->mode, p->bias);
 }
 
-static double round_to_bf16(double x) {  // to 8 bits; of two that are as near, the even one
-  int exponent;
-  double fraction = frexp(x, &exponent);
-  return ldexp(rint(ldexp(fraction, 8)), exponent - 8);
+static double *random_matrix(int n, int seed) {
+  double *x = random_numbers(n, seed);
+  for (int i = 0; i < n; i += 7) x[i] = 1 + (i % 4 - 2) * 0x1p-8;   // in the middle of two bf16, or
+  return x;                                                         // one itself
 }
 
-static void random_matrix(double *x, long n, int seed, int bf16) {
-  for (long i = 0; i < n; i++) {
-    x[i] = (float)random_normal(seed, i);
-    if (i % 7 == 0) x[i] = 1 + (i % 4 - 2) * 0x1p-8;   // in the middle of two bf16, or one itself
+static void round_to_bf16(double *x, int n) {   // to 8 bits; of two that are as near, the even one
+  for (int i = 0; i < n; i++) {
+    int exponent;
+    double fraction = frexp(x[i], &exponent);
+    x[i] = ldexp(rint(ldexp(fraction, 8)), exponent - 8);
   }
-  for (long i = 0; i < n && bf16; i++) x[i] = round_to_bf16(x[i]);
 }
 
 // The largest error of an element, relative to the sum of the sizes of its terms.
 static double matmul_error(int M, int N, int K, int a_along, int b_along, int mode, int bf16) {
-  double *a = new_doubles((long)M*K), *b = new_doubles((long)K*N), *c = new_guarded((long)M*N);
-  double *bias = new_doubles(N), worst = 0;
-  random_matrix(a, (long)M*K, 800, 0);
-  random_matrix(b, (long)K*N, 801, 0);
-  random_matrix(c, (long)M*N, 802, 0);
-  random_matrix(bias, N, 803, 0);
-  real *device_a = on_device(a, (long)M*K), *device_b = on_device(b, (long)K*N);
-  MatmulCase p = {rows_of(on_device(c, (long)M*N + GUARD), N),
-                  a_along ? rows_of(device_a, K) : transpose(rows_of(device_a, M)),
-                  b_along ? transpose(rows_of(device_b, K)) : rows_of(device_b, N),
-                  M, N, K, mode, mode == ADD ? NULL : on_device(bias, N)};
+  double *a = random_matrix(M*K, 800), *b = random_matrix(K*N, 801), *c = random_matrix(M*N, 802);
+  double *bias = random_matrix(N, 803), worst = 0;
+  int a_down = a_along ? K : 1, a_right = a_along ? 1 : M;
+  int b_down = b_along ? 1 : N, b_right = b_along ? K : 1;
+  MatmulCase p = {rows_of(on_device(c, M*N + GUARD), N), {on_device(a, M*K), a_down, a_right},
+                  {on_device(b, K*N), b_down, b_right}, M, N, K, mode,
+                  mode == ADD ? NULL : on_device(bias, N)};
   launch(run_matmul, &p);
-  double *got = fetch(p.c.at, (long)M*N + GUARD);
-  random_matrix(a, (long)M*K, 800, bf16);
-  random_matrix(b, (long)K*N, 801, bf16);
+  double *got = fetch(p.c.at, M*N + GUARD);
+  if (bf16) round_to_bf16(a, M*K);
+  if (bf16) round_to_bf16(b, K*N);
   for (int i = 0; i < M; i++)
     for (int j = 0; j < N; j++) {
-      double sum = mode == ADD ? c[(long)i*N + j] : bias[j], size = fabs(sum);
+      double sum = mode == ADD ? c[i*N + j] : bias[j], size = fabs(sum);
       for (int k = 0; k < K; k++) {
-        double term = a[a_along ? (long)i*K + k : (long)k*M + i]
-                    * b[b_along ? (long)j*K + k : (long)k*N + j];
+        double term = a[i*a_down + k*a_right] * b[k*b_down + j*b_right];
         sum += term;
         size += fabs(term);
       }
-      worst = larger(worst, fabs(got[(long)i*N + j] - sum) / size);
+      worst = larger(worst, fabs(got[i*N + j] - sum) / size);
     }
-  if (memcmp(got + (long)M*N, c + (long)M*N, GUARD * sizeof(double))) worst = INFINITY;
+  if (memcmp(got + M*N, c + M*N, GUARD * sizeof(double))) worst = INFINITY;
   return worst;
 }
 
