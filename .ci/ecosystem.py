@@ -148,17 +148,9 @@ for L, H, C, T, V, B in (2, 3, 12, 7, 29, 3), (3, 2, 16, 10, 50, 4):
     verdict("the embedding's part", lambda k, v: (k, head if k == "grad.wte.weight" else v),
             "embedding's is missing")
     rename = lambda k, v: (k.replace("grad.h.", "grad.blocks."), v)
-    verdict("other names", rename, "did you mean grad.h.0.attn.c_attn.bias?")
+    verdict("other names", rename, "grad.blocks.0.attn.c_attn.bias is none of the names")
     check("--partial lets them pass", against(dict(rename(k, v) for k, v in good.items()), *shape,
                                               "--partial")[0] == 0)
-    shutil.rmtree(at("npy"), ignore_errors=True)
-    os.makedirs(at("npy"))
-    for k, v in good.items():
-        np.save(at(f"npy/{k}.npy"), v.numpy())
-    check("a folder of .npy files", run("./test_gradients", *shape, "--against", at("npy"))[0] == 0)
-    np.save(at("npy/loss.npy"), 2 * good["loss"].numpy())
-    code, out = run("./test_gradients", *shape, "--against", at("npy"))
-    check("a wrong one among them", code == 1 and "factor 2" in out, out[-500:])
 
 shutil.rmtree(work)
 print(f"{passed} passed, {failed} failed")
