@@ -1200,8 +1200,8 @@ static double *random_matrix(int n, int seed) {
   return x;                                                         // one itself
 }
 
-static void round_to_bf16(double *x, int n) {   // to 8 bits; of two that are as near, the even one
-  for (int i = 0; i < n; i++) {
+static void round_to_bf16(double *x, long n) {   // to 8 bits; of two that are as near, the even one
+  for (long i = 0; i < n; i++) {
     int exponent;
     double fraction = frexp(x[i], &exponent);
     x[i] = ldexp(rint(ldexp(fraction, 8)), exponent - 8);
@@ -1265,8 +1265,8 @@ static void check_attention_bf16(void) {
     Tensor *t = c->t;
     const real *result[] = {t[0].data, t[1].data, t[2].grad};
     long n = count_in(c, 0), count[] = {n, count_in(c, 1), 3*n};
-    for (long j = 0; j < n; j++) c->grad[0][j] = round_to_bf16(c->grad[0][j]);
-    for (long j = 0; j < 3*n; j++) c->data[2][j] = round_to_bf16(c->data[2][j]);
+    round_to_bf16(c->grad[0], n);
+    round_to_bf16(c->data[2], 3*n);
     put(t[0].grad, c->grad[0], n);
     put(t[2].data, c->data[2], 3*n);
     double *want[3], *got[3];
@@ -1277,7 +1277,7 @@ static void check_attention_bf16(void) {
       if (bf16) launch(c->layer->forward, c);
       check_untouched(c);
       for (int k = 0; k < 3; k++)
-        get((bf16 ? got : want)[k] = new_doubles(count[k]), result[k], count[k]);
+        (bf16 ? got : want)[k] = fetch(result[k], count[k]);
     }
     for (int k = 0; k < 3; k++) {
       double size = norm_of(want[k], count[k]) / sqrt((double)count[k]);

@@ -1504,7 +1504,7 @@ static void forget_recordings(void) {
 }
 
 static void *device_alloc(size_t bytes) {
-  void *p;
+  void *p = NULL;
   forget_recordings();                   // a new Model may have the address of an old one
   cudaError_t error = cudaMalloc(&p, MAX(bytes, 1));
   if (error == cudaErrorMemoryAllocation) {
