@@ -65,9 +65,19 @@ wrong() {
     echo "FAIL exercise $1: $3 changes nothing"; failed=$((failed + 1))
   else judge "$3" "$1" "$work/wrong" "$2"; fi
 }
-wrong 1 'elements: no simple pattern' '/^static void gelu_backward/,/^}/ s/(1 - h\*h)/(1 - h)/'
+wrong 1 'the part of du/dx that comes from x^3, with the factor 0.333333' '/^static void gelu_backward/,/^}/ s/3 \* GELU_B/GELU_B/'
+wrong 1 'the factor dout is missing' '/^static void gelu_backward/,/^}/ s/= dy_n.c. \*/=/'
+wrong 1 'not 0, for x -10.54, dout 1.5138' '/^static void gelu_backward/,/^}/ s/(1 - h\*h)/(1 - h)/'
 wrong 2 'set (=) where it must be added (+=)' '/^static void linear_backward/,/^}/ s/N, ADD/N, SET/'
 wrong 3 "only the target's element of a row" '/^static void crossentropy_backward/,/^}/ s/dlogits_n.target.n.. -= dloss;//'
+wrong 2 'right, but transposed' '/^static void linear_backward/,/^}/ {
+  s/transpose(rows_of(x.data, C)), dy, C, O/transpose(dy), rows_of(x.data, C), O, C/
+  s/p.weight.grad, O/p.weight.grad, C/; }'
+wrong 7 'these are the numbers of layernorm d weight' '/^static void layernorm_backward/,/^}/ {
+  s/p.bias.grad, out/p.weight.grad, out/; s/p.weight.grad.c + j/p.bias.grad[c + j/; }'
+wrong 7 'each row is off by a factor of its own, 94.2419 to 94.3502' '/^static void layernorm_backward/,/^}/ s/+= rstd \* (dout/+= (dout/'
+wrong 8 'only the K and V columns: right numbers in the wrong place: column 24 has those of column 48' \
+  '/^static void attention_backward/,/^}/ { s/g\.v + (j/g.X + (j/; s/g\.k + (j/g.v + (j/; s/g\.X/g.k/; }'
 wrong 7 "each row is off by a constant of its own" '/^static void layernorm_backward/,/^}/ s/ - avg_g - / - /'
 wrong 9 'x[504], but it has 504 numbers, 0 to 503' '/fill_kernel(real/,/^}/ s/n - i/4/'
 wrong 10 'out[504], but it has 504 numbers, 0 to 503' '/residual_forward_kernel(real/,/^}/ s/store4(out + i, n - i/store4(out + i, 4/'
