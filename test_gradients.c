@@ -307,25 +307,31 @@ static int is_wanted(const double *x, const Comparison *c, int transposed) {
   return n > 1 && (!transposed || (c->rows > 1 && c->cols > 1));
 }
 
-// Has every wrong row (or column) of got the numbers of another one?
+// Have most wrong rows (or columns) of got the numbers of another one, or these and a constant?
 static int say_moved(const Comparison *c, const char *wrong, double size, int rows) {
   int lines = rows ? c->rows : c->cols, length = rows ? c->cols : c->rows, first = -1, from = 0;
-  for (int i = 0; i < lines && length > 1; i++) {
+  int down = rows ? length : 1, right = rows ? 1 : lines, shifted = 0, found = 0, lost = 0;
+  for (int i = 0; i < lines && length > 2; i++) {
     int k = -1, differ = 0;
-    for (int j = 0; j < length; j++) differ |= wrong[rows ? i*length + j : j*lines + i];
+    double shift = 0;
+    for (int j = 0; j < length; j++) differ |= wrong[i*down + j*right];
     while (differ && ++k < lines) {
-      differ = 0;
-      for (int j = 0; j < length; j++)
-        differ |= !(fabs(c->got[rows ? i*length + j : j*lines + i]
-                         - c->want[rows ? k*length + j : j*lines + k]) <= c->bar * size);
+      shift = c->got[i*down] - c->want[k*down];
+      differ = k == i;
+      for (int j = 1; j < length && !differ; j++)
+        differ = !(fabs(c->got[i*down + j*right] - c->want[k*down + j*right] - shift)
+                   <= 2 * c->bar * size);
     }
-    if (differ) return 0;
-    if (first < 0 && k >= 0) first = i, from = k;
+    lost += differ;
+    if (differ || k < 0) continue;       // no such line, or nothing wrong in this one
+    if (found++ == 0) first = i, from = k;
+    shifted |= fabs(shift) > c->bar * size;
   }
+  if (found <= lost) return 0;
   const char *line = rows ? "row" : "column";
-  if (first >= 0)
-    printf("right numbers in the wrong place: %s %d has those of %s %d", line, first, line, from);
-  return first >= 0;
+  printf("right numbers in the wrong place: %s %d has those of %s %d%s", line, first, line, from,
+         shifted ? ", and a constant" : "");
+  return 1;
 }
 
 // The comparisons before this one. Those of the same layer, or model, have the same shape.
@@ -2531,7 +2537,7 @@ enum { MAX_THREADS = 1024, STACK = (128 << 10) + 832 };   // 832: not all in the
 struct Barrier { int arrived, phase; char order[2]; };
 struct Thread {
   uint3 index;
-  int id, phase, line, turn;
+  int id, phase, line, turn, syncs;      // syncs: __syncwarp() passed
   const char *at;                        // what it waits for, or waited for last
   Barrier *barrier;
   bool returned;
@@ -2556,14 +2562,24 @@ UNSEEN void gpu_die(const char *what, const Thread *a, const Thread *b) {
   fprintf(stderr, "kernel %s, block (%u,%u,%u): %s\n", gpu.kernel, blockIdx.x, blockIdx.y,
           blockIdx.z, what);
   for (const Thread *t = a; t; t = t == a ? b : NULL)
-    fprintf(stderr, "  thread %d %s %s, line %d\n", t->id,
-            t->returned ? "has returned; it was last at" : "is at", t->at, t->line);
+    if (!t->line)
+      fprintf(stderr, "  thread %d has %s\n", t->id,
+              t->returned ? "returned, and was at no barrier" : "not waited yet");
+    else
+      fprintf(stderr, "  thread %d %s %s, line %d\n", t->id,
+              t->returned ? "has returned; it was last at" : "is at", t->at, t->line);
   exit(1);
 }
 
+#ifdef WATCH
+static void print_place(void *from);     // prints the line of the last access
+#endif
 UNSEEN const char *running_kernel(void) {
   static char text[200];
   if (!self) return NULL;
+#ifdef WATCH
+  print_place(self->from);
+#endif
   snprintf(text, sizeof text, "thread %d of kernel %s", self->id, gpu.kernel);
   return text;
 }
@@ -2860,13 +2876,31 @@ UNSEEN Word (*show_warp(const void *words, int n, const char *what, int line))[6
   return lanes;
 }
 UNSEEN void check_mask(unsigned lanes) {
-  if (lanes != ~0u) gpu_die("an exchange between some lanes of a warp: not emulated", self, 0);
+  if (lanes != ~0u)
+    gpu_die("an exchange between some lanes of a warp is not emulated: pass ALL_LANES", self, 0);
 }
-template <class T> UNSEEN T __shfl_xor_sync(unsigned mask, T x, int flip, LINE) {
+// Every lane gets the x of another one; its own, if that one does not exist.
+template <class T> UNSEEN T shuffled(unsigned mask, T x, int from, const char *what, int line) {
   check_mask(mask);
-  Word (*lanes)[6] = show_warp(&x, sizeof x / 4, "__shfl_xor_sync()", line);
-  for (unsigned i = 0; i < sizeof x / 4; i++) ((Word *)&x)[i] = lanes[self->id % 32 ^ flip][i];
+  Word (*lanes)[6] = show_warp(&x, sizeof x / 4, what, line);
+  if (from >= 0 && from < 32)
+    for (unsigned i = 0; i < sizeof x / 4; i++) ((Word *)&x)[i] = lanes[from][i];
   return x;
+}
+#define SHUFFLE(name, from)                                                            \
+  template <class T> UNSEEN T name(unsigned mask, T x, int i, int width = 32, LINE) {  \
+    int lane = self->id % 32;                                                          \
+    return shuffled(width == 32 ? mask : 0, x, from, #name "()", line);                \
+  }
+SHUFFLE(__shfl_xor_sync, lane ^ i)
+SHUFFLE(__shfl_down_sync, lane + i)
+SHUFFLE(__shfl_up_sync, lane - i)
+SHUFFLE(__shfl_sync, 0 * lane + i % 32)
+// Orders memory among the lanes of a warp.
+UNSEEN void __syncwarp(unsigned mask = ~0u, LINE) {
+  check_mask(mask);
+  wait_at(&warp_barrier[self->id / 32], 32, true, "__syncwarp()", line);
+  self->syncs++;
 }
 UNSEEN unsigned __ballot_sync(unsigned mask, int vote, LINE) {
   check_mask(mask);

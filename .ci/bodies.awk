@@ -45,6 +45,9 @@ function scan(text,   i, c, two, word, before) {
         match(substr(text, i), /^[A-Za-z_0-9]*/)
         word = substr(text, i, RLENGTH)
         i += RLENGTH - 1
+        if (word ~ /^atomic[A-Z]/)
+          refuse(FNR, "`" word "`: atomic additions come in any order, and so do their rounding errors: " \
+                 "let one thread add, in a fixed order (see the rules at the top of the file)")
         if (word in forbidden || word ~ /^(exec|posix_spawn|pthread_|__builtin_)|_unlocked$/)
           refuse(FNR, "`" word "` is not for a solution: it computes, and leaves the rest to the program")
         if (substr(text, i + 1, 1) ~ /["']/)

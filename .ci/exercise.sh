@@ -88,13 +88,26 @@ wrong 13 'the first failure: layernorm out' '/layernorm_forward_kernel(real/,/^}
 wrong 15 'and between the two no __syncthreads() is passed' '/double block_sum(/,/^}/ s/__syncthreads();//'
 wrong 15 '`in_hook` is not for a solution' '/double block_sum(/,/^}/ s/__shared__ double/in_hook = true; &/'
 wrong 16 'a race for shared memory' '/void store_column(/,/^}/ s/__syncthreads();//'
+wrong 16 'add_columns_kernel waits for banks of shared memory: it takes 2.0 times as long' '/void store_column(/,/^}/ {
+  s/\[WARPS\]\[32\]/[32][WARPS]/; s/sums\[threadIdx.x . 32\]\[threadIdx.x % 32\]/sums[threadIdx.x % 32][threadIdx.x \/ 32]/
+  s/sums\[i\]\[threadIdx.x\]/sums[threadIdx.x][i]/; }'
+wrong 15 solved '/double block_sum(/,/^}/ {
+  s/__shfl_xor_sync(ALL_LANES, x, i)/__shfl_down_sync(ALL_LANES, x, i, 32)/; }'
+wrong 15 'no __syncthreads() is passed' '/double block_sum(/,/^}/ s/__syncthreads();/__syncwarp();/'
+wrong 15 'pass ALL_LANES' '/double block_sum(/,/^}/ s/ALL_LANES/0xffff/'
+wrong 15 'atomic additions come in any order' '/double block_sum(/,/^}/ s/__syncthreads();/&  atomicAdd(part, x);/'
 wrong 17 'a thread waits for one that never arrives' '/crossentropy_forward_kernel(/,/^}/ s/sum = (real)block_sum/if (threadIdx.x >= 40) return; &/'
 wrong 17 'has returned' '/crossentropy_forward_kernel(/,/^}/ s/sum = (real)block_sum/if (threadIdx.x > 0) return; &/'
 wrong 21 'nothing orders the blocks of a launch' '/void embedding_backward_token(/,/^}/ s/if (count > 0 && list\[0\] < n) return;//'
 wrong 22 'and between the two no __syncthreads() is passed' '/  *__syncthreads(); *.. and read/d'
 wrong 22 ', but it has 504 numbers' 's/i < M && k + column < K ?/k + column < K ?/'
+wrong 22 'matmul_tiled waits for banks of shared memory: it takes 1.5 times as long' '/matmul_tiled(Matrix/,/^}/ {
+  s/b_tile\[row\]\[column\]/b_tile[column][row]/; s/b_tile\[l\]\[column\]/b_tile[column][l]/; }'
 wrong 24 'the first failure: attention out' 's/o\[e\] \* rescale/o[e]/'
-wrong 25 'the first failure: linear y' 's/j = j0 + 2\*t + e % 2;/j = j0 + t + e % 2 * 4;/'
+wrong 25 'returned, and was at no barrier' '/matmul_tensor(Matrix/,/^}/ s/  real sum.4.*/&  if (i0 + g >= M) return;/'
+wrong 25 'column 1 has those of column 2, and a constant' 's/j = j0 + 2\*t + e % 2;/j = j0 + t + e % 2 * 4;/'
+wrong 27 '4.0 passes for an access of a warp, where 1.0 would do' '/ int at(/,/^}/ s/(c ^ .*);/c;/'
+wrong 28 'the first failure: attention out' '/^attention_forward_kernel(/,/^}/ s/- j + 1/- j/'
 
 # ---- Attempts to fool the judge: fool WHAT WANT BODY, for gelu_backward
 fool() {
