@@ -263,6 +263,7 @@ static int say_terms(const Comparison *c, const char *set, double size, int is_a
     {"c", "1", "each column is off by a constant of its own"},
     {"r", "w", "each row is off by a factor of its own, %.6g to %.6g: rstd, or dloss of the row?"},
     {"c", "w", "each column is off by a factor of its own, %.6g to %.6g: w?"},
+    {"r", "x", "each row is off by a multiple of x: look at the term with x"},
     {"r", "1x", "each row is off by a constant and a multiple of x: look at the term with xhat"},
     {"r", "1d", "each row is off by a constant and a multiple of dout: look at the term with dout"},
     {"a", "A", "all is right but dy (1 + h)/2, which comes in with the factor %.6g"},
@@ -271,7 +272,7 @@ static int say_terms(const Comparison *c, const char *set, double size, int is_a
     {"a", "BC", "dy (1 + h)/2 is right, dy x (1 - h^2)/2 du/dx is not: its factors are wrong"},
     {"a", "Dw", "the factor dout is missing"}};
   double factor[2];
-  for (int i = 0; i < 11; i++)
+  for (int i = 0; i < 12; i++)
     if ((*known[i][0] == 'a') == is_all
         && fits(c, set, size, *known[i][0], known[i][1], factor)) {
       printf(known[i][2], factor[0], factor[1]);
@@ -2568,6 +2569,7 @@ UNSEEN void gpu_die(const char *what, const Thread *a, const Thread *b) {
     else
       fprintf(stderr, "  thread %d %s %s, line %d\n", t->id,
               t->returned ? "has returned; it was last at" : "is at", t->at, t->line);
+  self = NULL;                           // all has been said
   exit(1);
 }
 

@@ -82,7 +82,7 @@ UNSEEN void print_what(const Area *area, uintptr_t at, unsigned size) {
   if (i < 0 || i >= n) fprintf(stderr, ", but it has %ld numbers, 0 to %ld", n, n - 1);
 }
 
-UNSEEN void end_watch(void) { fflush(stderr); exit(1); }
+UNSEEN void end_watch(void) { fflush(stderr); self = NULL; exit(1); }
 
 UNSEEN void print_block(unsigned block) {
   fprintf(stderr, "block (%u,%u,%u)", block % gridDim.x, block / gridDim.x % gridDim.y,
