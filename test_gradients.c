@@ -192,7 +192,7 @@ static int say_how(const Comparison *c, const char *in_set, double size) {
     printf("NaN: never written, or added (+=) to where it must be set (=)");
   else if (nan > 0) printf("%ld of %ld are NaN, as if never written", nan, count);
   else if (overwritten == count) printf("set (=) where it must be added (+=) to what was there");
-  else if (zeros == count) printf("zero: this part of the gradient is missing");
+  else if (zeros == count) printf("zero: this part is missing");
   else if (residual <= close * MAX(1, fabs(k)) && fabs(k + 1) < 1e-6) printf("the sign is flipped");
   else if (count > 1 && residual <= close * MAX(1, fabs(k)) && fabs(k - 1) > 1e-4)
     say_factor(k, c->shape);
@@ -273,7 +273,7 @@ static int say_terms(const Comparison *c, const char *set, double size, int is_a
     {"a", "Dw", "the factor dout is missing"}};
   double factor[2];
   for (int i = 0; i < 12; i++)
-    if ((*known[i][0] == 'a') == is_all
+    if ((*known[i][0] == 'a') == is_all && (is_all || (c->rows > 1 && c->cols > 1))
         && fits(c, set, size, *known[i][0], known[i][1], factor)) {
       printf(known[i][2], factor[0], factor[1]);
       return 1;

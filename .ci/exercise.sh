@@ -87,6 +87,7 @@ wrong 9 'off by the factor 1.84615' '/fill_kernel(real/,/^}/ s/{{value, value, v
 wrong 13 'the first failure: layernorm out' '/layernorm_forward_kernel(real/,/^}/ s/warp_sum(sum)/sum/'
 wrong 15 'and between the two no __syncthreads() is passed' '/double block_sum(/,/^}/ s/__syncthreads();//'
 wrong 15 '`in_hook` is not for a solution' '/double block_sum(/,/^}/ s/__shared__ double/in_hook = true; &/'
+wrong 15 '`counts_traffic` is a name of the emulator' '/double block_sum(/,/^}/ s/__shared__ double/counts_traffic = false; &/'
 wrong 16 'a race for shared memory' '/void store_column(/,/^}/ s/__syncthreads();//'
 wrong 16 'add_columns_kernel waits for banks of shared memory: it takes 2.0 times as long' '/void store_column(/,/^}/ {
   s/\[WARPS\]\[32\]/[32][WARPS]/; s/sums\[threadIdx.x . 32\]\[threadIdx.x % 32\]/sums[threadIdx.x % 32][threadIdx.x \/ 32]/
@@ -142,6 +143,9 @@ fool "reading it without a lock" '`getchar_unlocked` is not' '  getchar_unlocked
 fool "ending with errx()" '`errx` is not' '  errx(0, "");'
 fool "the checker's counts changed" '`opt` is not' '  int *f = (int *)((char *)&opt - 0x3620); f[0]--;'
 fool "a program" '`system` is not' '  system("true");'
+fool "sleeping, which takes no CPU time" 'it calls sleep: a solution computes' '  sleep(100000);'
+fool "reading the judge's word by another function" 'it calls readv' '  long v[2]; readv(0, v, 1);'
+fool "output without end" 'it prints without end' '  for (;;) puts("x");'
 SECONDS_ALLOWED=3 fool "a loop without end" 'does a loop not end?' '  for (volatile int i = 0; ; ) i = 0;'
 fool "all memory" 'exercise 1 is not solved yet' '  for (;;) memset(malloc(1 << 30), 1, 1 << 30);'
 fool "ending the program with die()" 'the program ended here' '  die("10 passed");'
