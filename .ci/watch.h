@@ -134,12 +134,12 @@ UNSEEN Area *find_area(uintptr_t at) {   // also if `at` is in its margin; or NU
 }
 
 
-// ---- Traffic, if TRAFFIC names a file, of the kernels that KERNELS_COUNTED names: how long the accesses of a warp take. Of device memory that
-// is the number of 32-byte sectors that they touch. Shared memory has 32 banks, and number i of it is
-// in bank i % 32 (a double counts as one number, as a float would): an access takes as many passes as
-// there are different numbers in one bank. The lanes of a warp run one after the other here; what a
-// GPU would execute together is the same place in the code for the same time: so each thread counts
-// how often it was there.
+// ---- Traffic, if TRAFFIC names a file, of the kernels in KERNELS_COUNTED: how long the accesses of
+// a warp take. Of device memory that is the number of 32-byte sectors that they touch. Shared
+// memory has 32 banks, and number i of it is in bank i % 32 (a double counts as one number, as a
+// float would): an access takes as many passes as there are different numbers in one bank. The
+// lanes of a warp run one after the other here; what a GPU would execute together is the same place
+// in the code for the same time: so each thread counts how often it was there.
 struct Spot { void *from; const char *kernel; bool shared; unsigned long accesses, cost, least; };
 struct Count { void *from; int thread; unsigned block, times; };
 struct Group {
