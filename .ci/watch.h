@@ -63,7 +63,7 @@ UNSEEN void print_parameter(size_t k) {
   char *p = text;
   while ((p = strstr(p, gpu.kernel)) && p[strlen(gpu.kernel)] != '(') p++;
   for (; p && k > 0 && (p = strchr(p, ',')); k--) p++;
-  if (!p || !(p = strpbrk(p, ",)"))) return;
+  if (!p || !(p = strpbrk(p, ",)"))) { fprintf(stderr, "an array"); return; }
   char *end = p;
   while (isalnum((unsigned char)p[-1]) || p[-1] == '_') p--;
   fprintf(stderr, "%.*s", (int)(end - p), p);
