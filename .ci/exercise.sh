@@ -79,8 +79,8 @@ wrong 7 'each row is off by a factor of its own, 94.2419 to 94.3502' '/^static v
 wrong 8 'only the K and V columns: right numbers in the wrong place: column 24 has those of column 48' \
   '/^static void attention_backward/,/^}/ { s/g\.v + (j/g.X + (j/; s/g\.k + (j/g.v + (j/; s/g\.X/g.k/; }'
 wrong 7 "each row is off by a constant of its own" '/^static void layernorm_backward/,/^}/ s/ - avg_g - / - /'
-wrong 9 'x[504], but it has 504 numbers, 0 to 503' '/fill_kernel(real/,/^}/ s/n - i/4/'
-wrong 10 'out[504], but it has 504 numbers, 0 to 503' '/residual_forward_kernel(real/,/^}/ s/store4(out + i, n - i/store4(out + i, 4/'
+wrong 9 'x[764], but it has 504 numbers, 0 to 503' '/fill_kernel(real/,/^}/ s/n - i/4/'
+wrong 10 'out[764], but it has 504 numbers, 0 to 503' '/residual_forward_kernel(real/,/^}/ s/store4(out + i, n - i/store4(out + i, 4/'
 wrong 12 'reads token[21], but it has 21 numbers' '/embedding_forward_kernel(real/,/^}/ s/if (n >= N) return;//'
 wrong 12 'do all of its lanes take part in each?' '/embedding_forward_kernel(real/,/^}/ s/int c = threadIdx.x % 32; c < C; c += 32/int c = threadIdx.x % 32 ? C : 0; c < C; c++/'
 wrong 9 'off by the factor 1.84615' '/fill_kernel(real/,/^}/ s/{{value, value, value, value}}/{{6, 6, 6, 6}}/'
