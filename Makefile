@@ -130,7 +130,7 @@ $D/test_gradients_race: $(CHECKER) $(HEADER)
 # The exercises' checker: watches each access that a kernel makes. Its functions take the place of
 # the thread sanitizer's, so it is compiled with the sanitizer and linked without.
 $D/test_gradients_watch: $(CHECKER) $(HEADER) .ci/watch.h
-	$(EMULATE) -O0 -fsanitize=thread -DWARPS=2 '-DWATCH=".ci/watch.h"' -c -o $@.o $<
+	$(EMULATE) -O0 -fsanitize=thread -DWARPS=6 '-DWATCH=".ci/watch.h"' -c -o $@.o $<
 	$(CXX) -o $@ $@.o -lpthread -lm -ldl
 
 no_cxx:

@@ -192,7 +192,7 @@ static int say_how(const Comparison *c, const char *in_set, double size) {
     printf("NaN: never written, or added (+=) to where it must be set (=)");
   else if (nan > 0) printf("%ld of %ld are NaN, as if never written", nan, count);
   else if (overwritten == count) printf("set (=) where it must be added (+=) to what was there");
-  else if (zeros == count) printf("zero: this part of the gradient is missing");
+  else if (zeros == count) printf("zero: this part is missing");
   else if (residual <= close * MAX(1, fabs(k)) && fabs(k + 1) < 1e-6) printf("the sign is flipped");
   else if (count > 1 && residual <= close * MAX(1, fabs(k)) && fabs(k - 1) > 1e-4)
     say_factor(k, c->shape);
@@ -200,40 +200,85 @@ static int say_how(const Comparison *c, const char *in_set, double size) {
   return 1;
 }
 
-// Is got - want the same number along each row (or column) of the set? A lost mean looks like that.
-static int constant_along(const Comparison *c, const char *in_set, double size, int rows) {
-  int lines = rows ? c->rows : c->cols, length = rows ? c->cols : c->rows, seen = 0;
-  for (int i = 0; i < lines; i++) {
-    double low = INFINITY, high = -INFINITY;
-    for (int j = 0; j < length; j++) {
-      long at = rows ? (long)i * c->cols + j : (long)j * c->cols + i;
-      if (!in_set[at]) continue;
-      low = MIN(low, c->got[at] - c->want[at]);
-      high = MAX(high, c->got[at] - c->want[at]);
-      seen++;
-    }
-    if (!(high - low <= MAX(1e-6, c->bar) * size) && high >= low) return 0;
+// A term that an error may consist of, for element i. For gelu, h = tanh(u) and u = a (x + b x^3).
+static double term_at(const Comparison *c, char term, long i) {
+  double x = c->x ? c->x[i] : NAN, dout = c->dout ? c->dout[i] : NAN;
+  double a = sqrt(2 / acos(-1)), b = 0.044715, h = tanh(a * (x + b * x*x*x));
+  switch (term) {
+  case '1': return 1;
+  case 'w': return c->want[i];
+  case 'x': return x;
+  case 'd': return dout;
+  case 'D': return c->want[i] / dout;
+  case 'A': return dout * (1 + h) / 2;
+  case 'B': return dout * x * (1 - h*h) / 2 * a;
+  default: return dout * x * (1 - h*h) / 2 * a * 3*b * x*x;
   }
-  return seen > 2 * lines;
 }
 
-// Is the error of each row a constant plus a multiple of that row of z? (A least-squares fit.) So a
-// wrong factor of one term is recognised; xhat is such a combination of x and 1.
-static int along(const Comparison *c, const double *z, double size) {
-  int C = c->cols;
-  if (!z || C < 4) return 0;
-  for (long at = 0; at < (long)c->rows * C; at += C) {
-    double avg_e = 0, avg_z = 0, ez = 0, zz = 0;
-    for (long i = at; i < at + C; i++) avg_e += (c->got[i] - c->want[i]) / C, avg_z += z[i] / C;
-    for (long i = at; i < at + C; i++) {
-      ez += (c->got[i] - c->want[i] - avg_e) * (z[i] - avg_z);
-      zz += (z[i] - avg_z) * (z[i] - avg_z);
+static double dot(const double *x, const double *y, long n) {
+  double sum = 0;
+  for (long i = 0; i < n; i++) sum += x[i] * y[i];
+  return sum;
+}
+
+// Is the error in each line a combination of one or two terms? (A least-squares fit: what lies
+// along the first term is taken out of the second and of the error, then what lies along the
+// second.) A line is a row, 'r', a column, 'c', or all elements, 'a'. factor[] is that of the first
+// term in got, in the first line and in the last: 1 where it is right.
+static int fits(const Comparison *c, const char *wrong, double size, char line, const char *terms,
+                double *factor) {
+  long rows = c->rows, cols = c->cols, n = rows * cols, seen = 0;
+  long lines = line == 'r' ? rows : line == 'c' ? cols : 1, length = n / lines, used = 0;
+  double *e = new_doubles(n), *z[2] = {new_doubles(n), new_doubles(n)};
+  int ok = 1, k = (int)strlen(terms);
+  for (long l = 0; l < lines && ok; l++) {
+    long m = 0;
+    for (long j = 0; j < length; j++) {
+      long i = line == 'c' ? j*cols + l : l*length + j;
+      if (!wrong[i]) continue;
+      for (int t = 0; t < k; t++) z[t][m] = term_at(c, terms[t], i);
+      e[m++] = c->got[i] - c->want[i];
     }
-    for (long i = at; i < at + C; i++)
-      if (!(fabs(c->got[i] - c->want[i] - avg_e - ez / zz * (z[i] - avg_z))
-            <= MAX(1e-6, c->bar) * size)) return 0;
+    for (int t = 0; t < k && m > 0; t++) {
+      double along = t ? dot(z[1], z[0], m) / dot(z[0], z[0], m) : 0;
+      for (long j = 0; j < m; j++) z[t][j] -= along * z[0][j];
+      double f = dot(e, z[t], m) / dot(z[t], z[t], m);
+      for (long j = 0; j < m; j++) e[j] -= f * z[t][j];
+      if (t == 0) factor[1] = fabs(1 + f) < 1e-6 ? 0 : 1 + f;   // 1 is as it should be
+      if (t == 0 && !used) factor[0] = factor[1];
+    }
+    for (long j = 0; j < m; j++) ok &= fabs(e[j]) <= MAX(1e-6, c->bar) * size;
+    seen += m;
+    used += m > 0;
   }
-  return 1;
+  free(e); free(z[0]); free(z[1]);
+  return ok && seen > 2 * k * used;
+}
+
+// Names the terms that make up the error, which is in `set`: all elements, or else the wrong ones.
+static int say_terms(const Comparison *c, const char *set, double size, int is_all) {
+  const char *known[][3] = {
+    {"r", "1", "each row is off by a constant of its own: is the term with a row's mean missing?"},
+    {"c", "1", "each column is off by a constant of its own"},
+    {"r", "w", "each row is off by a factor of its own, %.6g to %.6g: rstd, or dloss of the row?"},
+    {"c", "w", "each column is off by a factor of its own, %.6g to %.6g: w?"},
+    {"r", "x", "each row is off by a multiple of x: look at the term with x"},
+    {"r", "1x", "each row is off by a constant and a multiple of x: look at the term with xhat"},
+    {"r", "1d", "each row is off by a constant and a multiple of dout: look at the term with dout"},
+    {"a", "A", "all is right but dy (1 + h)/2, which comes in with the factor %.6g"},
+    {"a", "B", "all is right but the part of du/dx that comes from x, with the factor %.6g"},
+    {"a", "C", "all is right but the part of du/dx that comes from x^3, with the factor %.6g"},
+    {"a", "BC", "dy (1 + h)/2 is right, dy x (1 - h^2)/2 du/dx is not: its factors are wrong"},
+    {"a", "Dw", "the factor dout is missing"}};
+  double factor[2];
+  for (int i = 0; i < 12; i++)
+    if ((*known[i][0] == 'a') == is_all && (is_all || (c->rows > 1 && c->cols > 1))
+        && fits(c, set, size, *known[i][0], known[i][1], factor)) {
+      printf(known[i][2], factor[0], factor[1]);
+      return 1;
+    }
+  return 0;
 }
 
 // Is at most one element of each row wrong? 2: it is the one with the largest derivative, which in
@@ -253,15 +298,69 @@ static int one_a_row(const Comparison *c, const char *wrong) {
   return rows < 2 || c->cols < 2 ? 0 : 1 + largest;
 }
 
-// Is it the right matrix, but with rows and columns exchanged?
-static int transposed(const Comparison *c, double size) {
-  if (c->rows < 2 || c->cols < 2) return 0;
-  for (int i = 0; i < c->rows; i++)
-    for (int j = 0; j < c->cols; j++)
-      if (!(fabs(c->got[(long)j * c->rows + i] - c->want[(long)i * c->cols + j]) <= c->bar * size))
-        return 0;
-  printf("right, but transposed (weights of GPT-2 are (inputs, outputs), those of nn.Linear not)");
+// Is x the matrix that c wants, or that with rows and columns exchanged?
+static int is_wanted(const double *x, const Comparison *c, int transposed) {
+  long n = (long)c->rows * c->cols;
+  double limit = c->bar * norm_of(c->want, n) / sqrt((double)n);
+  for (long i = 0; i < n; i++)
+    if (!(fabs(x[transposed ? i % c->cols * c->rows + i / c->cols : i] - c->want[i]) <= limit))
+      return 0;
+  return n > 1 && (!transposed || (c->rows > 1 && c->cols > 1));
+}
+
+// Have most wrong rows (or columns) of got the numbers of another one, or these and a constant?
+static int say_moved(const Comparison *c, const char *wrong, double size, int rows) {
+  int lines = rows ? c->rows : c->cols, length = rows ? c->cols : c->rows, first = -1, from = 0;
+  int down = rows ? length : 1, right = rows ? 1 : lines, shifted = 0, found = 0, lost = 0;
+  for (int i = 0; i < lines && length > 2; i++) {
+    int k = -1, differ = 0;
+    double shift = 0;
+    for (int j = 0; j < length; j++) differ |= wrong[i*down + j*right];
+    while (differ && ++k < lines) {
+      shift = c->got[i*down] - c->want[k*down];
+      differ = k == i;
+      for (int j = 1; j < length && !differ; j++)
+        differ = !(fabs(c->got[i*down + j*right] - c->want[k*down + j*right] - shift)
+                   <= 2 * c->bar * size);
+    }
+    lost += differ;
+    if (differ || k < 0) continue;       // no such line, or nothing wrong in this one
+    if (found++ == 0) first = i, from = k;
+    shifted |= fabs(shift) > c->bar * size;
+  }
+  if (found <= lost) return 0;
+  const char *line = rows ? "row" : "column";
+  printf("right numbers in the wrong place: %s %d has those of %s %d%s", line, first, line, from,
+         shifted ? ", and a constant" : "");
   return 1;
+}
+
+// The comparisons before this one. Those of the same layer, or model, have the same shape.
+static struct { Comparison c; char name[80]; int ok; } earlier[32];
+static int n_earlier;
+
+// Are these the numbers of another tensor, or transposed? Or were this one's found elsewhere?
+static int say_whose(const Comparison *c, int ok) {
+  int n = n_earlier++, said = 0, t = 0;
+  earlier[n % 32].c = *c;
+  earlier[n % 32].ok = ok;
+  snprintf(earlier[n % 32].name, 80, "%s%s%s", c->layer, *c->tensor ? " " : "", c->tensor);
+  if (!ok && is_wanted(c->got, c, 1))
+    said = printf("    right, but transposed (weights of GPT-2 are (inputs, outputs), those of "
+                  "nn.Linear not)\n");
+  for (int k = MAX(0, n - 31); k < n && !said; k++) {
+    const Comparison *d = &earlier[k % 32].c;
+    if (!c->shape || d->shape != c->shape || d->rows * d->cols != c->rows * c->cols) continue;
+    for (t = 0; t < 2 && !ok && !said; t++)
+      if (is_wanted(c->got, d, t))
+        said = printf("    these are the numbers of %s%s\n", earlier[k % 32].name,
+                      t ? ", transposed" : "");
+    for (t = 0; t < 2 && !earlier[k % 32].ok && !said; t++)
+      if (is_wanted(d->got, c, t))
+        said = printf("    the numbers of this one%s are in %s\n", t ? ", transposed," : "",
+                      earlier[k % 32].name);
+  }
+  return said;
 }
 
 // Where the wrong elements are, if that is a simple place.
@@ -309,18 +408,10 @@ static void diagnose(const Comparison *c, double size) {
   memset(all, 1, n);
   for (long i = 0; i < n; i++) wrong[i] = !(error_at(c, size, i) <= c->bar);
   printf("    ");
-  if (!transposed(c, size) && !say_how(c, all, size)) {
+  if (!say_how(c, all, size) && !say_terms(c, all, size, 1)) {
     say_where(c, wrong);
-    if (say_how(c, wrong, size)) ;
-    else if (c->cols > 1 && constant_along(c, wrong, size, 1))
-      printf("each row is off by a constant of its own: is the term with a row's mean missing?");
-    else if (c->rows > 1 && c->cols > 1 && constant_along(c, wrong, size, 0))
-      printf("each column is off by a constant of its own");
-    else if (along(c, c->x, size))
-      printf("each row is off by a constant and a multiple of x: look at the term with xhat");
-    else if (along(c, c->dout, size))
-      printf("each row is off by a constant and a multiple of dout: look at the term with dout");
-    else printf("no simple pattern");
+    if (!say_how(c, wrong, size) && !say_moved(c, wrong, size, 0) && !say_moved(c, wrong, size, 1)
+        && !say_terms(c, wrong, size, 0)) printf("no simple pattern");
   }
   printf("\n    worst:");
   for (int k = 0; k < 3; k++) {        // the three largest errors
@@ -330,6 +421,8 @@ static void diagnose(const Comparison *c, double size) {
     if (worst < 0) break;
     printf("  [%ld,%ld] %.6g, not %.6g", worst / c->cols, worst % c->cols, c->got[worst],
            c->want[worst]);
+    if (c->x && c->dout)
+      printf(", for x %.5g, dout %.5g%s", c->x[worst], c->dout[worst], k < 2 ? "\n          " : "");
     wrong[worst] = 0;
   }
   printf("\n");
@@ -365,7 +458,8 @@ static double compare(Comparison c) {
   if (!ok && shown_rows == FAILURES)
     printf("    at B %d, T %d, C %d, H %d, V %d, O %d\n", c.shape->B, c.shape->T, c.shape->C,
            c.shape->H, c.shape->V, c.shape->O);
-  if (!ok && !brief && shown_rows != NO_ROWS) diagnose(&c, size);
+  int whose = shown_rows != NO_ROWS && say_whose(&c, ok);
+  if (!ok && !brief && !whose && shown_rows != NO_ROWS) diagnose(&c, size);
   return error;
 }
 
@@ -2252,7 +2346,7 @@ enum { MAX_THREADS = 1024, STACK = (128 << 10) + 832 };   // 832: not all in the
 struct Barrier { int arrived, phase; char order[2]; };
 struct Thread {
   uint3 index;
-  int id, phase, line, turn;
+  int id, phase, line, turn, syncs;      // syncs: __syncwarp() passed
   const char *at;                        // what it waits for, or waited for last
   Barrier *barrier;
   bool returned;
@@ -2278,14 +2372,25 @@ UNSEEN void gpu_die(const char *what, const Thread *a, const Thread *b) {
   fprintf(stderr, "kernel %s, block (%u,%u,%u): %s\n", gpu.kernel, blockIdx.x, blockIdx.y,
           blockIdx.z, what);
   for (const Thread *t = a; t; t = t == a ? b : NULL)
-    fprintf(stderr, "  thread %d %s %s, line %d\n", t->id,
-            t->returned ? "has returned; it was last at" : "is at", t->at, t->line);
+    if (!t->line)
+      fprintf(stderr, "  thread %d has %s\n", t->id,
+              t->returned ? "returned, and was at no barrier" : "not waited yet");
+    else
+      fprintf(stderr, "  thread %d %s %s, line %d\n", t->id,
+              t->returned ? "has returned; it was last at" : "is at", t->at, t->line);
+  self = NULL;                           // all has been said
   exit(1);
 }
 
+#ifdef WATCH
+static void print_place(void *from);     // prints the line of the last access
+#endif
 UNSEEN const char *running_kernel(void) {
   static char text[200];
   if (!self) return NULL;
+#ifdef WATCH
+  print_place(self->from);
+#endif
   snprintf(text, sizeof text, "thread %d of kernel %s", self->id, gpu.kernel);
   return text;
 }
@@ -2592,13 +2697,31 @@ UNSEEN Word (*show_warp(const void *words, int n, const char *what, int line))[6
   return lanes;
 }
 UNSEEN void check_mask(unsigned lanes) {
-  if (lanes != ~0u) gpu_die("an exchange between some lanes of a warp: not emulated", self, 0);
+  if (lanes != ~0u)
+    gpu_die("an exchange between some lanes of a warp is not emulated: pass ALL_LANES", self, 0);
 }
-template <class T> UNSEEN T __shfl_xor_sync(unsigned mask, T x, int flip, LINE) {
+// Every lane gets the x of another one; its own, if that one does not exist.
+template <class T> UNSEEN T shuffled(unsigned mask, T x, int from, const char *what, int line) {
   check_mask(mask);
-  Word (*lanes)[6] = show_warp(&x, sizeof x / 4, "__shfl_xor_sync()", line);
-  for (unsigned i = 0; i < sizeof x / 4; i++) ((Word *)&x)[i] = lanes[self->id % 32 ^ flip][i];
+  Word (*lanes)[6] = show_warp(&x, sizeof x / 4, what, line);
+  if (from >= 0 && from < 32)
+    for (unsigned i = 0; i < sizeof x / 4; i++) ((Word *)&x)[i] = lanes[from][i];
   return x;
+}
+#define SHUFFLE(name, from)                                                            \
+  template <class T> UNSEEN T name(unsigned mask, T x, int i, int width = 32, LINE) {  \
+    int lane = self->id % 32;                                                          \
+    return shuffled(width == 32 ? mask : 0, x, from, #name "()", line);                \
+  }
+SHUFFLE(__shfl_xor_sync, lane ^ i)
+SHUFFLE(__shfl_down_sync, lane + i)
+SHUFFLE(__shfl_up_sync, lane - i)
+SHUFFLE(__shfl_sync, 0 * lane + i % 32)
+// Orders memory among the lanes of a warp.
+UNSEEN void __syncwarp(unsigned mask = ~0u, LINE) {
+  check_mask(mask);
+  wait_at(&warp_barrier[self->id / 32], 32, true, "__syncwarp()", line);
+  self->syncs++;
 }
 UNSEEN unsigned __ballot_sync(unsigned mask, int vote, LINE) {
   check_mask(mask);

@@ -524,7 +524,9 @@ enum {
 //   rows 4..7     1     0      3       2         and 12 at once, 8 numbers in each, for example
 //   rows 8..11    2     3      0       1         group 0: in 32 different banks. A group of
 //   rows 12..15   3     2      1       0         four numbers still is 16 aligned bytes.
-static __device__ __forceinline__ int at(int r, int c) { return r*SIDE + (c ^ r/4 % 4 * 8); }
+static __device__ __forceinline__ int at(int r, int c) {
+  return r*SIDE + (c ^ r/4 % 4 * 8);
+}
 
 // SIDE rows of a head of q, k, v or dout: x[r*row + d], d < D
 typedef struct {

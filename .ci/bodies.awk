@@ -12,6 +12,10 @@ BEGIN {
     "dup dup2 ptrace remove unlink rename main err errx verr verrx error opt count_verdict " \
     "gpu self in_hook areas area_of_code block_barrier", list, " ")
   for (i = 1; i <= n; i++) forbidden[list[i]] = 1
+  n = split("thread shown warp_barrier arguments device_memory_map the_stream recorded shared_area " \
+    "counts_traffic spots counts groups report watch wait_at change_fiber run_block run_grid " \
+    "run_until enqueue gpu_die find_area shared_begin shared_end end_watch", list, " ")
+  for (i = 1; i <= n && source == "train_gpu.cu"; i++) emulator[list[i]] = 1
   ours = ARGV[2]
 }
 
@@ -45,7 +49,11 @@ function scan(text,   i, c, two, word, before) {
         match(substr(text, i), /^[A-Za-z_0-9]*/)
         word = substr(text, i, RLENGTH)
         i += RLENGTH - 1
-        if (word in forbidden || word ~ /^(exec|posix_spawn|pthread_|__builtin_)|_unlocked$/)
+        if (word ~ /^atomic[A-Z]/)
+          refuse(FNR, "`" word "`: atomic additions come in any order, and so do their rounding errors: " \
+                 "let one thread add, in a fixed order (see the rules at the top of the file)")
+        if (word in emulator) refuse(FNR, "`" word "` is a name of the emulator: choose another one")
+        if (word in forbidden || word ~ /^(exec|posix_spawn|pthread_|__builtin_|__iso)|_unlocked$/)
           refuse(FNR, "`" word "` is not for a solution: it computes, and leaves the rest to the program")
         if (substr(text, i + 1, 1) ~ /["']/)
           refuse(FNR, "a quote directly behind `" word "`: write it without this prefix")

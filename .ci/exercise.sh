@@ -10,8 +10,8 @@ trap 'rm -rf "$work"' EXIT
 trap 'exit 130' INT TERM
 if [ $# -eq 0 ]; then                    # all: in two halves at the same time
   sed -n 's/^== \([0-9]*\) .*/\1/p' "$top/.ci/exercises" >"$work/all"
-  "$0" $(awk '$1 <= 13' "$work/all") >"$work/first" &
-  "$0" $(awk '$1 > 13' "$work/all") >"$work/second"
+  "$0" $(awk '$1 <= 15' "$work/all") >"$work/first" &
+  "$0" $(awk '$1 > 15' "$work/all") >"$work/second"
   wait
   cat "$work/first" "$work/second" | awk '
     /^[0-9]+ passed, [0-9]+ failed$/ { passed += $1; failed += $3; halves++; next } { print }
@@ -65,26 +65,50 @@ wrong() {
     echo "FAIL exercise $1: $3 changes nothing"; failed=$((failed + 1))
   else judge "$3" "$1" "$work/wrong" "$2"; fi
 }
-wrong 1 'elements: no simple pattern' '/^static void gelu_backward/,/^}/ s/(1 - h\*h)/(1 - h)/'
+wrong 1 'the part of du/dx that comes from x^3, with the factor 0.333333' '/^static void gelu_backward/,/^}/ s/3 \* GELU_B/GELU_B/'
+wrong 1 'the factor dout is missing' '/^static void gelu_backward/,/^}/ s/= dy_n.c. \*/=/'
+wrong 1 'not 0, for x -10.54, dout 1.5138' '/^static void gelu_backward/,/^}/ s/(1 - h\*h)/(1 - h)/'
 wrong 2 'set (=) where it must be added (+=)' '/^static void linear_backward/,/^}/ s/N, ADD/N, SET/'
 wrong 3 "only the target's element of a row" '/^static void crossentropy_backward/,/^}/ s/dlogits_n.target.n.. -= dloss;//'
+wrong 2 'right, but transposed' '/^static void linear_backward/,/^}/ {
+  s/transpose(rows_of(x.data, C)), dy, C, O/transpose(dy), rows_of(x.data, C), O, C/
+  s/p.weight.grad, O/p.weight.grad, C/; }'
+wrong 7 'these are the numbers of layernorm d weight' '/^static void layernorm_backward/,/^}/ {
+  s/p.bias.grad, out/p.weight.grad, out/; s/p.weight.grad.c + j/p.bias.grad[c + j/; }'
+wrong 7 'each row is off by a factor of its own, 94.2419 to 94.3502' '/^static void layernorm_backward/,/^}/ s/+= rstd \* (dout/+= (dout/'
+wrong 8 'only the K and V columns: right numbers in the wrong place: column 24 has those of column 48' \
+  '/^static void attention_backward/,/^}/ { s/g\.v + (j/g.X + (j/; s/g\.k + (j/g.v + (j/; s/g\.X/g.k/; }'
 wrong 7 "each row is off by a constant of its own" '/^static void layernorm_backward/,/^}/ s/ - avg_g - / - /'
-wrong 9 'x[504], but it has 504 numbers, 0 to 503' '/fill_kernel(real/,/^}/ s/n - i/4/'
-wrong 10 'out[504], but it has 504 numbers, 0 to 503' '/residual_forward_kernel(real/,/^}/ s/store4(out + i, n - i/store4(out + i, 4/'
+wrong 9 'x[764], but it has 504 numbers, 0 to 503' '/fill_kernel(real/,/^}/ s/n - i/4/'
+wrong 10 'out[764], but it has 504 numbers, 0 to 503' '/residual_forward_kernel(real/,/^}/ s/store4(out + i, n - i/store4(out + i, 4/'
 wrong 12 'reads token[21], but it has 21 numbers' '/embedding_forward_kernel(real/,/^}/ s/if (n >= N) return;//'
 wrong 12 'do all of its lanes take part in each?' '/embedding_forward_kernel(real/,/^}/ s/int c = threadIdx.x % 32; c < C; c += 32/int c = threadIdx.x % 32 ? C : 0; c < C; c++/'
 wrong 9 'off by the factor 1.84615' '/fill_kernel(real/,/^}/ s/{{value, value, value, value}}/{{6, 6, 6, 6}}/'
 wrong 13 'the first failure: layernorm out' '/layernorm_forward_kernel(real/,/^}/ s/warp_sum(sum)/sum/'
 wrong 15 'and between the two no __syncthreads() is passed' '/double block_sum(/,/^}/ s/__syncthreads();//'
 wrong 15 '`in_hook` is not for a solution' '/double block_sum(/,/^}/ s/__shared__ double/in_hook = true; &/'
+wrong 15 '`counts_traffic` is a name of the emulator' '/double block_sum(/,/^}/ s/__shared__ double/counts_traffic = false; &/'
 wrong 16 'a race for shared memory' '/void store_column(/,/^}/ s/__syncthreads();//'
+wrong 16 'add_columns_kernel waits for banks of shared memory: it takes 2.0 times as long' '/void store_column(/,/^}/ {
+  s/\[WARPS\]\[32\]/[32][WARPS]/; s/sums\[threadIdx.x . 32\]\[threadIdx.x % 32\]/sums[threadIdx.x % 32][threadIdx.x \/ 32]/
+  s/sums\[i\]\[threadIdx.x\]/sums[threadIdx.x][i]/; }'
+wrong 15 solved '/double block_sum(/,/^}/ {
+  s/__shfl_xor_sync(ALL_LANES, x, i)/__shfl_down_sync(ALL_LANES, x, i, 32)/; }'
+wrong 15 'no __syncthreads() is passed' '/double block_sum(/,/^}/ s/__syncthreads();/__syncwarp();/'
+wrong 15 'pass ALL_LANES' '/double block_sum(/,/^}/ s/ALL_LANES/0xffff/'
+wrong 15 'atomic additions come in any order' '/double block_sum(/,/^}/ s/__syncthreads();/&  atomicAdd(part, x);/'
 wrong 17 'a thread waits for one that never arrives' '/crossentropy_forward_kernel(/,/^}/ s/sum = (real)block_sum/if (threadIdx.x >= 40) return; &/'
 wrong 17 'has returned' '/crossentropy_forward_kernel(/,/^}/ s/sum = (real)block_sum/if (threadIdx.x > 0) return; &/'
 wrong 21 'nothing orders the blocks of a launch' '/void embedding_backward_token(/,/^}/ s/if (count > 0 && list\[0\] < n) return;//'
 wrong 22 'and between the two no __syncthreads() is passed' '/  *__syncthreads(); *.. and read/d'
 wrong 22 ', but it has 504 numbers' 's/i < M && k + column < K ?/k + column < K ?/'
+wrong 22 'matmul_tiled waits for banks of shared memory: it takes 1.5 times as long' '/matmul_tiled(Matrix/,/^}/ {
+  s/b_tile\[row\]\[column\]/b_tile[column][row]/; s/b_tile\[l\]\[column\]/b_tile[column][l]/; }'
 wrong 24 'the first failure: attention out' 's/o\[e\] \* rescale/o[e]/'
-wrong 25 'the first failure: linear y' 's/j = j0 + 2\*t + e % 2;/j = j0 + t + e % 2 * 4;/'
+wrong 25 'returned, and was at no barrier' '/matmul_tensor(Matrix/,/^}/ s/  real sum.4.*/&  if (i0 + g >= M) return;/'
+wrong 25 'column 1 has those of column 2, and a constant' 's/j = j0 + 2\*t + e % 2;/j = j0 + t + e % 2 * 4;/'
+wrong 27 '4.0 passes for an access of a warp, where 1.0 would do' '/ int at(/,/^}/ s/(c ^ .*);/c;/'
+wrong 28 'the first failure: attention out' '/^attention_forward_kernel(/,/^}/ s/- j + 1/- j/'
 
 # ---- Attempts to fool the judge: fool WHAT WANT BODY, for gelu_backward
 fool() {
@@ -119,6 +143,9 @@ fool "reading it without a lock" '`getchar_unlocked` is not' '  getchar_unlocked
 fool "ending with errx()" '`errx` is not' '  errx(0, "");'
 fool "the checker's counts changed" '`opt` is not' '  int *f = (int *)((char *)&opt - 0x3620); f[0]--;'
 fool "a program" '`system` is not' '  system("true");'
+fool "sleeping, which takes no CPU time" 'it calls sleep: a solution computes' '  sleep(100000);'
+fool "reading the judge's word by another function" 'it calls readv' '  long v[2]; readv(0, v, 1);'
+fool "output without end" 'it prints without end' '  for (;;) puts("x");'
 SECONDS_ALLOWED=3 fool "a loop without end" 'does a loop not end?' '  for (volatile int i = 0; ; ) i = 0;'
 fool "all memory" 'exercise 1 is not solved yet' '  for (;;) memset(malloc(1 << 30), 1, 1 << 30);'
 fool "ending the program with die()" 'the program ended here' '  die("10 passed");'

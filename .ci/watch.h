@@ -15,7 +15,7 @@
 #pragma GCC push_options
 #pragma GCC optimize ("O2")               // called for each access
 #endif
-struct Access { unsigned launch, block, phase; int thread; void *from; };
+struct Access { unsigned launch, block, phase; int thread, syncs; void *from; };
 struct Cell { Access write, read, other; };   // of 4 bytes; other: a read by another thread
 struct Area { uintptr_t begin; size_t bytes; Cell *cells; };
 static std::map<uintptr_t, Area> areas;
@@ -26,6 +26,7 @@ static FILE *report;                      // NULL: stderr
 // The line of the source whose code has called a hook; addr2line, or atos on a Mac, finds it in the
 // program. A function that was inlined has a chain of spots.
 UNSEEN void print_place(void *from) {
+  if (!from) return;
   Dl_info program;
   char command[1000], place[2][500] = {"", ""}, line[500];
   if (!dladdr((void *)print_place, &program)) return;
@@ -62,7 +63,7 @@ UNSEEN void print_parameter(size_t k) {
   char *p = text;
   while ((p = strstr(p, gpu.kernel)) && p[strlen(gpu.kernel)] != '(') p++;
   for (; p && k > 0 && (p = strchr(p, ',')); k--) p++;
-  if (!p || !(p = strpbrk(p, ",)"))) return;
+  if (!p || !(p = strpbrk(p, ",)"))) { fprintf(stderr, "an array"); return; }
   char *end = p;
   while (isalnum((unsigned char)p[-1]) || p[-1] == '_') p--;
   fprintf(stderr, "%.*s", (int)(end - p), p);
@@ -81,7 +82,7 @@ UNSEEN void print_what(const Area *area, uintptr_t at, unsigned size) {
   if (i < 0 || i >= n) fprintf(stderr, ", but it has %ld numbers, 0 to %ld", n, n - 1);
 }
 
-UNSEEN void end_watch(void) { fflush(stderr); exit(1); }
+UNSEEN void end_watch(void) { fflush(stderr); self = NULL; exit(1); }
 
 UNSEEN void print_block(unsigned block) {
   fprintf(stderr, "block (%u,%u,%u)", block % gridDim.x, block / gridDim.x % gridDim.y,
@@ -109,6 +110,7 @@ UNSEEN void report_race(const Area *area, uintptr_t at, unsigned size, Access a,
 UNSEEN bool together(const Area *area, const Access &a, const Access &b) {
   if (a.launch != b.launch) return false;
   if (a.block != b.block) return area != &shared_area;
+  if (a.thread / 32 == b.thread / 32 && a.syncs != b.syncs) return false;
   return a.phase == b.phase && a.thread != b.thread;
 }
 
@@ -132,12 +134,21 @@ UNSEEN Area *find_area(uintptr_t at) {   // also if `at` is in its margin; or NU
 }
 
 
-// ---- Traffic, if TRAFFIC names a file: how many sectors of 32 bytes of device memory the accesses
-// of a warp touch. Its lanes run one after the other here; what a GPU would execute together
-// is the same place in the code for the same time: so each thread counts how often it was there.
-struct Spot { void *from; const char *kernel; unsigned long accesses, sectors, least; };
+// ---- Traffic, if TRAFFIC names a file, of the kernels in KERNELS_COUNTED: how long the accesses of
+// a warp take. Of device memory that is the number of 32-byte sectors that they touch. Shared
+// memory has 32 banks, and number i of it is in bank i % 32 (a double counts as one number, as a
+// float would): an access takes as many passes as there are different numbers in one bank. The
+// lanes of a warp run one after the other here; what a GPU would execute together is the same place
+// in the code for the same time: so each thread counts how often it was there.
+struct Spot { void *from; const char *kernel; bool shared; unsigned long accesses, cost, least; };
 struct Count { void *from; int thread; unsigned block, times; };
-struct Group { void *from; int warp; unsigned block, time, lanes, sectors; uintptr_t sector[64]; };
+struct Group {
+  void *from;
+  int warp;
+  unsigned block, time, lanes, n, passes;
+  uintptr_t unit[128];                   // the sectors, or numbers of shared memory, seen so far
+  unsigned char in_bank[32];
+};
 enum { SPOTS = 1 << 12, COUNTS = 1 << 16, GROUPS = 1 << 17 };
 static Spot *spots;
 static Count *counts;
@@ -148,10 +159,10 @@ UNSEEN unsigned scramble(void *from, unsigned a, unsigned b) {
   return (unsigned)(mixed >> 7);
 }
 
-UNSEEN Spot *spot_of(void *from) {
+UNSEEN Spot *spot_of(void *from, bool shared) {
   unsigned i = scramble(from, 0, 0) % SPOTS;
   while (spots[i].from && spots[i].from != from) i = (i + 1) % SPOTS;
-  if (!spots[i].from) spots[i] = {from, gpu.kernel, 0, 0, 0};
+  if (!spots[i].from) spots[i] = {from, gpu.kernel, shared, 0, 0, 0};
   return &spots[i];
 }
 
@@ -160,7 +171,8 @@ UNSEEN void print_traffic(void) {
   for (int i = 0; report && i < SPOTS; i++) {
     Spot *p = &spots[i];
     if (!p->from) continue;
-    fprintf(report, "%s %lu %lu %lu\n", p->kernel, p->sectors, p->least, p->accesses);
+    fprintf(report, "%s %lu %lu %lu %s\n", p->kernel, p->cost, p->least, p->accesses,
+            p->shared ? "shared" : "device");
     print_place(p->from);
   }
   if (report) fclose(report);
@@ -173,12 +185,15 @@ UNSEEN void start_traffic(void) {
   atexit(print_traffic);
 }
 
-UNSEEN void count_traffic(uintptr_t at, unsigned size, void *from) {
+UNSEEN void count_traffic(uintptr_t at, unsigned size, void *from, bool shared) {
   static unsigned blocks_seen, last_block, last_launch;
+  static bool counted;
   if (!spots) start_traffic();
+  if (gpu.launches != last_launch) counted = strstr(getenv("KERNELS_COUNTED"), gpu.kernel);
   unsigned block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
   if (block != last_block || gpu.launches != last_launch) blocks_seen++;   // those before are over
   last_block = block; last_launch = gpu.launches;
+  if (!counted) return;
   unsigned i = scramble(from, self->id, 0) % COUNTS;
   unsigned tries = 0;
   while (counts[i].block == blocks_seen && (counts[i].from != from || counts[i].thread != self->id))
@@ -193,23 +208,26 @@ UNSEEN void count_traffic(uintptr_t at, unsigned size, void *from) {
     if (++tries > 199) return;
     else i = (i + 1) % GROUPS;
   Group *g = &groups[i];
-  Spot *p = spot_of(from);
+  Spot *p = spot_of(from, shared);
   if (g->block != blocks_seen) {
-    g->from = from; g->warp = warp; g->block = blocks_seen; g->time = time;
-    g->lanes = g->sectors = 0;
+    *g = {from, warp, blocks_seen, time, 0, 0, 0, {}, {}};
     p->accesses++;
   }
-  p->least += (g->lanes * size) % 32 == 0 ? (size > 32 ? size / 32 : 1) : 0;
+  if (!shared) p->least += (g->lanes * size) % 32 == 0 ? (size > 32 ? size / 32 : 1) : 0;
   g->lanes++;
-  for (uintptr_t s = at / 32; s <= (at + size - 1) / 32; s++) {
+  unsigned each = !shared ? 32 : size < 8 ? 4 : 8;
+  for (uintptr_t u = at / each; u <= (at + size - 1) / each; u++) {
     unsigned k = 0;
-    while (k < g->sectors && g->sector[k] != s) k++;
-    if (k < g->sectors || k == 64) continue;
-    g->sector[g->sectors++] = s;
-    p->sectors++;
+    while (k < g->n && g->unit[k] != u) k++;
+    if (k < g->n || k == 128) continue;
+    g->unit[g->n++] = u;
+    if (!shared) p->cost++;
+    else {
+      p->least += g->n % 32 == 1;
+      if (++g->in_bank[u % 32] > g->passes) g->passes++, p->cost++;
+    }
   }
 }
-
 
 UNSEEN void watch(const void *p, unsigned size, bool writes, unsigned alignment, void *from) {
   uintptr_t at = (uintptr_t)p;
@@ -221,7 +239,7 @@ UNSEEN void watch(const void *p, unsigned size, bool writes, unsigned alignment,
     *known = area = find_area(at);
   if (area) {
     Access now = {gpu.launches, blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z),
-                  (unsigned)block_barrier.phase, self->id, from};
+                  (unsigned)block_barrier.phase, self->id, self->syncs, from};
     bool outside = at < area->begin || at + size > area->begin + area->bytes;
     if (outside || at % alignment) {
       fprintf(stderr, "kernel %s, block (%u,%u,%u), thread %d %s ", gpu.kernel, blockIdx.x,
@@ -233,7 +251,7 @@ UNSEEN void watch(const void *p, unsigned size, bool writes, unsigned alignment,
       print_place(from);
       end_watch();
     }
-    if (counts_traffic && area != &shared_area) count_traffic(at, size, from);
+    if (counts_traffic) count_traffic(at, size, from, area == &shared_area);
     for (uintptr_t a = at; a < at + size; a += size < 8 ? 4 : 8) {
       Cell *cell = &area->cells[(a - area->begin) / 4];
       if (together(area, cell->write, now))
