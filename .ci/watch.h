@@ -28,29 +28,28 @@ static FILE *report;                      // NULL: stderr
 UNSEEN void print_place(void *from) {
   if (!from) return;
   Dl_info program;
-  char command[1000], place[2][500] = {"", ""}, line[500];
+  char command[1000], line[500];
   if (!dladdr((void *)print_place, &program)) return;
   long offset = (char *)from - 1 - (char *)program.dli_fbase;
   snprintf(command, sizeof command, "(addr2line -i -e '%s' 0x%lx || atos -o '%s' -offset 0x%lx | "
            "sed 's/.*(\\(.*\\))/\\1/') 2>/dev/null", program.dli_fname, offset, program.dli_fname,
            offset);
-  FILE *f = popen(command, "r");
-  while (f && fgets(line, sizeof line, f))
+  FILE *spots = popen(command, "r");
+  for (int i = 0; spots && fgets(line, sizeof line, spots); i++) {
+    char *colon = strrchr(line, ':'), text[500] = "", *start = text;
     if (strstr(line, "test_gradients.c:")) break;
-    else snprintf(place[*place[0] ? 1 : 0], 500, "%s", line);
-  if (f) pclose(f);
-  for (int i = 0; i < 2; i++) {
-    char *colon = strrchr(place[i], ':'), text[500] = "", *start = text;
     if (!colon) continue;
     *colon = 0;
-    f = fopen(place[i], "r");
+    FILE *f = fopen(line, "r");
     for (int k = 0; f && k < atoi(colon + 1); k++) if (!fgets(text, sizeof text, f)) *text = 0;
     if (f) fclose(f);
     while (*start == ' ') start++;
     start[strcspn(start, "\n")] = 0;
-    fprintf(report ? report : stderr, "    %sline %d: %s\n", i ? "called from " : "",
-            atoi(colon + 1), start);
+    if (strncmp(start, "ATTENTION_KERNEL(", 17))
+      fprintf(report ? report : stderr, "    %sline %d: %s\n", i ? "called from " : "",
+              atoi(colon + 1), start);
   }
+  if (spots) pclose(spots);
 }
 
 // The name of the kernel's parameter number k, from its source
