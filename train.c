@@ -1272,7 +1272,7 @@ static inline void tile_of(const int most, const int whole, Matrix c, Matrix a, 
 
 // tile() is a function of its own on purpose: if it is inlined into the loops around it, GCC runs
 // out of registers and spills the sums. It has a form for each kind of A, of which one stride must
-// be 1, since a constant needs no register either; and one for few rows, as in generate.c.
+// be 1, since a constant needs no register either; and two for few rows, as in generate.c.
 enum { FEW = 4 };
 __attribute__((noinline))
 static void tile(Matrix c, Matrix a, const real *panel, int rows, int columns, int depth, int mode,
@@ -1280,6 +1280,8 @@ static void tile(Matrix c, Matrix a, const real *panel, int rows, int columns, i
   Matrix in_place = {a.at, a.down, 1}, transposed = {a.at, 1, a.right};
   if (a.right == 1 && rows <= FEW)
     tile_of(FEW, 0, c, in_place, panel, rows, columns, depth, mode, bias);
+  else if (a.right == 1 && rows <= 2*FEW)
+    tile_of(MIN(2*FEW, ROWS), 0, c, in_place, panel, rows, columns, depth, mode, bias);
   else if (a.right == 1) tile_of(ROWS, 0, c, in_place, panel, rows, columns, depth, mode, bias);
   else if (rows == ROWS) tile_of(ROWS, 1, c, transposed, panel, rows, columns, depth, mode, bias);
   else tile_of(ROWS, 0, c, a, panel, rows, columns, depth, mode, bias);
