@@ -734,8 +734,8 @@ static Case *make_case(const Layer *layer, Shape s) {
   c->host_ids = (int *)host_alloc(NULL, N * sizeof(int));
   c->ids = (int *)device_alloc(N * sizeof(int));
   for (int n = 0; n < N; n++) c->host_ids[n] = (int)(random_bits(300, n) % s.V);
-  c->host_ids[1] = c->host_ids[0];   // a token twice, side by side
-  c->host_ids[4] = s.V - 1;
+  c->host_ids[N > 1] = c->host_ids[0];   // a token twice, side by side
+  c->host_ids[MIN(4, N - 1)] = s.V - 1;
   copy_in(c->ids, c->host_ids, N * sizeof(int));
   for (int i = 0; i < MAX_TENSORS && layer->spec[i].name; i++, c->n_tensors++) {
     TensorSpec *spec = &c->spec[i];

@@ -118,7 +118,8 @@ LAYER_INTERFACE(crossentropy, Tensor loss, Tensor correct, Tensor row_lse, Tenso
 LAYER_INTERFACE(attention, Tensor out, Tensor lse, Tensor qkv, int B, int T, int C, int H);
 
 // What layers are made of. matmul multiplies an (M,K) by a (K,N) matrix. mode SET: c = a b + bias,
-// where bias may be NULL; ADD: c += a b, and bias is ignored. c.right must be 1, and a stride of a.
+// where bias may be NULL; ADD: c += a b, and bias is ignored. c.right must be 1, and so must one of
+// the two strides of a, and of b.
 enum { SET, ADD };
 static void matmul(Matrix c, Matrix a, Matrix b, int M, int N, int K, int mode, const real *bias);
 static void add_columns(real *sum, const real *x, int N, int O);   // sum[o] += sum_n x[n,o]
@@ -953,8 +954,8 @@ static Head head_of(real *qkv, real *out, real *lse, long bh, int T, int C, int 
   return head;
 }
 
-// The plain form: for each query a loop over the keys. The fast form below gives the same, but for
-// rounding.
+// The plain form: for each query a loop over the keys. The fast form, at the end of section 6,
+// gives the same, but for rounding.
 static real z_of(const real *q, const real *k, int D) {
   return SUM(real, d, D, q[d] * k[d]) / sqrt((real)D);
 }
@@ -1003,146 +1004,6 @@ static void attention_plain_backward(Tensor out, Tensor lse, Tensor qkv, int B, 
   }
 }
 
-// The fast form computes the products with the tiles of the matmul in section 6, ROWS queries at a
-// time. With ROWS = 2:
-//
-//   keys      0   1   2   3   4   5
-//   query 0   x   0
-//   query 1   x   x
-//   query 2   x   x   x   0               x: att[t,s]. No product goes further than to the last key
-//   query 3   x   x   x   x               that one of the ROWS queries sees (or to the end of its
-//   query 4   x   x   x   x   x   0       panel). What a query does not see is 0 there.
-//   query 5   x   x   x   x   x   x
-//
-// From section 6: a tile has ROWS x COLUMNS numbers; pack_all() copies a matrix into panels of
-// COLUMNS columns; multiply_packed() multiplies with them; scratch() is memory of the thread's own.
-#if defined __AVX512F__
-enum { VECTOR_BYTES = 64, ROWS = 12 };   // of 32 registers: 12 x 2 sums, 2 of B, 1 of A
-#elif defined __AVX__
-enum { VECTOR_BYTES = 32, ROWS = 6 };    // of 16 registers: 6 x 2 sums, 2 of B, 1 of A
-#elif defined __aarch64__
-enum { VECTOR_BYTES = 16, ROWS = 8 };    // of 32 registers of NEON: 8 x 2 sums, 2 of B, 8 of A
-#else
-enum { VECTOR_BYTES = 16, ROWS = 4 };    // of 16 registers of SSE2, or whatever there is
-#endif
-enum {
-  COLUMNS = 2 * VECTOR_BYTES / sizeof(real),
-  CACHE_LINE = 64 / sizeof(real)
-};
-static real *scratch(long n);
-static void pack_all(real *panels, Matrix m, int depth, int columns);
-static void multiply_packed(Matrix c, Matrix a, const real *panels, long height, int M, int N,
-                            int K, int mode, const real *bias);
-
-static Matrix part_of(Matrix m, long i, long j) { m.at += i*m.down + j*m.right; return m; }
-static int padded(int columns) { return (columns + COLUMNS - 1) / COLUMNS * COLUMNS; }
-
-// One row of scores. On entry e[s] = q[t].k[s]; on return e[s] = exp(e[s] * scale - max), or 0 from
-// s = seen on. Returns their sum.
-static real exp_of_scores(real *e, int seen, int width, real max, real scale) {
-  return SUM(real, s, width, e[s] = s < seen ? exp_(e[s] * scale - max) : 0);
-}
-
-static void attention_forward(Tensor out, Tensor lse, Tensor qkv, int B, int T, int C, int H) {
-  if (PLAIN) { attention_plain_forward(out, lse, qkv, B, T, C, H); return; }
-  int D = C / H;
-  long row = 3L*C;                               // from token to token in qkv
-  // A row of att is an odd number of cache lines: rows 4096 bytes apart would share few places in
-  // the cache.
-  int stride = ((padded(T) / CACHE_LINE + 1) / 2 * 2 + 1) * CACHE_LINE;
-  real scale = 1 / sqrt((real)D);
-  parallel_for (bh, B*H) {
-    Head a = head_of(qkv.data, out.data, lse.data, bh, T, C, H);
-    real *att = scratch((long)ROWS*stride + (long)D*padded(T) + (long)T*padded(D));
-    real *k_panels = att + (long)ROWS*stride, *v_panels = k_panels + (long)D*padded(T);
-    pack_all(k_panels, transpose(rows_of(a.k, row)), D, T);   // once for all queries
-    pack_all(v_panels, rows_of(a.v, row), T, D);
-    for (long i = 0; i < T; i += ROWS) {         // queries from i on
-      int rows = MIN((long)ROWS, T - i), keys = i + rows, width = padded(keys);
-      Matrix q = rows_of(a.q + i*row, row), out_i = rows_of(a.out + i*C, C);
-      real sum[ROWS];
-      multiply_packed(rows_of(att, stride), q, k_panels, D, rows, width, D, SET, NULL);
-      for (int t = 0; t < rows; t++) {
-        real *att_t = att + (long)t*stride;
-        int seen = i + t + 1;                    // keys
-        real max = max_of(att_t, seen) * scale;  // subtracted, so that exp cannot overflow
-        sum[t] = exp_of_scores(att_t, seen, width, max, scale);
-        a.lse[i + t] = max + log(sum[t]);
-      }
-      multiply_packed(out_i, rows_of(att, stride), v_panels, T, rows, D, keys, SET, NULL);
-      for (int t = 0; t < rows; t++)
-        for (int d = 0; d < D; d++) out_i.at[t*C + d] /= sum[t];
-    }
-  }
-  profile_flop(2.0*B*T*T*C);
-}
-
-// For backward a block of queries meets a block of keys, so that att and dz of the two, and what is
-// packed, fit into the core's cache. Five products, the first two ROWS queries at a time:
-//   att from q k^T;  datt = dout v^T;  dq += dz k;  dv += att^T dout;  dk += dz^T q
-// Here t is relative to i, s to j, and dz has been divided by sqrt(D).
-enum { QUERIES = 96, KEYS = 256, STRIDE = KEYS + CACHE_LINE };   // ROWS divides QUERIES
-
-static void attention_backward(Tensor out, Tensor lse, Tensor qkv, int B, int T, int C, int H) {
-  if (PLAIN) { attention_plain_backward(out, lse, qkv, B, T, C, H); return; }
-  int D = C / H;
-  long row = 3L*C, size = (long)KEYS*padded(D);   // numbers in the panels of a packed operand
-  real scale = 1 / sqrt((real)D);
-  parallel_for (bh, B*H) {
-    Head a = head_of(qkv.data, out.data, lse.data, bh, T, C, H);
-    Head g = head_of(qkv.grad, out.grad, lse.data, bh, T, C, H);
-    real *att = scratch(2L*QUERIES*STRIDE + 5*size), *dz = att + QUERIES*STRIDE;
-    real *k_panels = dz + QUERIES*STRIDE, *kT_panels = k_panels + size;
-    real *vT_panels = kT_panels + size, *q_panels = vT_panels + size;
-    real *dout_panels = q_panels + size;
-    for (long t = 0; t < T; t++)
-      for (int d = 0; d < D; d++) g.q[t*row + d] = g.k[t*row + d] = g.v[t*row + d] = 0;
-    for (long j = 0; j < T; j += KEYS) {         // keys from j on
-      int keys = MIN((long)KEYS, T - j);
-      Matrix k = rows_of(a.k + j*row, row), v = rows_of(a.v + j*row, row);
-      pack_all(k_panels, k, keys, D);
-      pack_all(kT_panels, transpose(k), D, keys);
-      pack_all(vT_panels, transpose(v), D, keys);
-      for (long i = j; i < T; i += QUERIES) {    // queries from i on
-        int queries = MIN((long)QUERIES, T - i);
-        int all_seen = MIN((long)keys, i + queries - j);   // keys that some query of the block sees
-        Matrix q = rows_of(a.q + i*row, row), dout = rows_of(g.out + i*C, C);
-        pack_all(q_panels, q, queries, D);
-        pack_all(dout_panels, dout, queries, D);
-        for (int t0 = 0; t0 < queries; t0 += ROWS) {   // att and dz, and from them dq
-          int rows = MIN(ROWS, queries - t0), seen = MIN((long)keys, i + t0 + rows - j);
-          Matrix att_t0 = rows_of(att + t0*STRIDE, STRIDE), dz_t0 = rows_of(dz + t0*STRIDE, STRIDE);
-          Matrix dq = rows_of(g.q + (i + t0)*row, row);
-          int width = padded(seen);
-          multiply_packed(att_t0, part_of(q, t0, 0), kT_panels, D, rows, width, D, SET, NULL);
-          multiply_packed(dz_t0, part_of(dout, t0, 0), vT_panels, D, rows, width, D, SET, NULL);
-          for (int t = t0; t < t0 + rows; t++) {
-            real *att_t = att + t*STRIDE, *dz_t = dz + t*STRIDE, lse_t = a.lse[i + t];
-            const real *out_t = a.out + (i + t)*C, *dout_t = dout.at + (long)t*C;
-            real dout_dot_out = SUM(real, d, D, dout_t[d] * out_t[d]);
-            for (int s = 0; s < width; s++) {    // dz[] had datt until now
-              att_t[s] = j + s <= i + t ? exp_(att_t[s] * scale - lse_t) : 0;
-              dz_t[s] = att_t[s] * (dz_t[s] - dout_dot_out) * scale;
-            }
-          }
-          multiply_packed(dq, dz_t0, k_panels, keys, rows, D, seen, ADD, NULL);
-        }
-        for (int s = 0; s < all_seen; s += ROWS) {   // dk and dv of ROWS keys
-          int rows = MIN(ROWS, all_seen - s);
-          int t = MAX(0, j + s - i);             // the first query that sees the first of them
-          Matrix att_s = transpose(rows_of(att + t*STRIDE + s, STRIDE));
-          Matrix dz_s = transpose(rows_of(dz + t*STRIDE + s, STRIDE));
-          multiply_packed(rows_of(g.v + (j + s)*row, row), att_s, dout_panels + t*COLUMNS, queries,
-                          rows, D, queries - t, ADD, NULL);
-          multiply_packed(rows_of(g.k + (j + s)*row, row), dz_s, q_panels + t*COLUMNS, queries,
-                          rows, D, queries - t, ADD, NULL);
-        }
-      }
-    }
-  }
-  profile_flop(5.0*B*T*T*C);
-}
-
 // ---- 6. Matmul, sums and exp ------------------------------------------------------------------
 // The matmul takes three quarters of the time of a training step, so most of what is complicated
 // here is spent on it. First the six lines that it replaces, which compute the same:
@@ -1179,9 +1040,9 @@ static void matmul_plain(Matrix c, Matrix a, Matrix b, int M, int N, int K, int 
 //      DEPTH.)
 //   2. B is packed: a panel of DEPTH x COLUMNS numbers is copied so that they are consecutive in
 //      the order in which the tile reads them, whatever the strides of B. A block of panels stays
-//      in the core's cache while all rows of A pass by. A is read in place; but if it is
-//      transposed, ROWS of its columns are copied, since their numbers lie in as many cache lines
-//      as the block is deep, and the tiles of all panels read them.
+//      in the core's cache while all rows of A pass by. A is read in place. But where A is a
+//      transposed matrix, the numbers of a row are a whole stride apart, one cache line each: so
+//      ROWS rows are copied first, and the tiles of all panels read the copy.
 //   3. C is cut into a grid of parts, one for each thread.
 //
 // For M 2048, N 1152, K 384 the six lines do 2 GFLOP/s on a core that can do 205. Tiles do 92 where
@@ -1189,10 +1050,21 @@ static void matmul_plain(Matrix c, Matrix a, Matrix b, int M, int N, int K, int 
 // them from 60 to 115. Each element of C is the same sum in the same order, wherever C is cut.
 //
 // vec is as wide as a register of the machine: the compiler turns it into AVX-512, AVX2 or NEON.
+#if defined __AVX512F__
+enum { VECTOR_BYTES = 64, ROWS = 12 };   // of 32 registers: 12 x 2 sums, 2 of B, 1 of A
+#elif defined __AVX__
+enum { VECTOR_BYTES = 32, ROWS = 6 };    // of 16 registers: 6 x 2 sums, 2 of B, 1 of A
+#elif defined __aarch64__
+enum { VECTOR_BYTES = 16, ROWS = 8 };    // of 32 registers of NEON: 8 x 2 sums, 2 of B, 8 of A
+#else
+enum { VECTOR_BYTES = 16, ROWS = 4 };    // of 16 registers of SSE2, or whatever there is
+#endif
 typedef real vec __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
 typedef real vec4 __attribute__((vector_size(4*sizeof(real)), aligned(sizeof(real)), may_alias));
 enum {
   VECTOR = VECTOR_BYTES / sizeof(real),  // numbers in a vec
+  COLUMNS = 2*VECTOR,
+  CACHE_LINE = 64 / sizeof(real),
   DEPTH = 1536 / sizeof(real),           // 384 floats x 32 columns are 48 KB
   MAX_COLUMNS = 512                      // x 384 floats: 768 KB
 };
@@ -1203,6 +1075,9 @@ enum {
 #define UNROLL _Pragma("GCC unroll 16")
 #define NOT_UNROLLED _Pragma("GCC unroll 1")        // else GCC unrolls, and then cannot vectorise
 #endif
+
+static Matrix part_of(Matrix m, long i, long j) { m.at += i*m.down + j*m.right; return m; }
+static int padded(int columns) { return (columns + COLUMNS - 1) / COLUMNS * COLUMNS; }
 
 // Copies a matrix of depth x columns into a panel of depth x width, and pads it with zeros. Fetches
 // what the next panel will need. The last loop copies what the others left. (With == for >=, clang
@@ -1271,8 +1146,9 @@ static inline void tile_of(const int most, const int whole, Matrix c, Matrix a, 
 }
 
 // tile() is a function of its own on purpose: if it is inlined into the loops around it, GCC runs
-// out of registers and spills the sums. It has a form for each kind of A, of which one stride must
-// be 1, since a constant needs no register either; and two for few rows, as in generate.c.
+// out of registers and spills the sums. A stride that is the constant 1 needs no register, so there
+// is a form for A in place and one for A transposed, whose rows, if all are there, are neighbours.
+// Two more are for few rows, as in generate.c: they compute 4 or 8 in place of ROWS.
 enum { FEW = 4 };
 __attribute__((noinline))
 static void tile(Matrix c, Matrix a, const real *panel, int rows, int columns, int depth, int mode,
@@ -1284,7 +1160,7 @@ static void tile(Matrix c, Matrix a, const real *panel, int rows, int columns, i
     tile_of(MIN(2*FEW, ROWS), 0, c, in_place, panel, rows, columns, depth, mode, bias);
   else if (a.right == 1) tile_of(ROWS, 0, c, in_place, panel, rows, columns, depth, mode, bias);
   else if (rows == ROWS) tile_of(ROWS, 1, c, transposed, panel, rows, columns, depth, mode, bias);
-  else tile_of(ROWS, 0, c, a, panel, rows, columns, depth, mode, bias);
+  else tile_of(ROWS, 0, c, transposed, panel, rows, columns, depth, mode, bias);
 }
 
 static void pack_all(real *panels, Matrix m, int depth, int columns) {
@@ -1293,7 +1169,8 @@ static void pack_all(real *panels, Matrix m, int depth, int columns) {
 }
 
 // The matmul of one thread with a B that has been packed: the panel of its column j is at panels +
-// j*height, where height is the depth with which it was packed; K may be less.
+// j*height, where height is the depth with which it was packed. K may be less; and panels +
+// k*COLUMNS begins at row k of B.
 static void multiply_packed(Matrix c, Matrix a, const real *panels, long height, int M, int N,
                             int K, int mode, const real *bias) {
   for (int j = 0; j < N; j += COLUMNS)
@@ -1421,7 +1298,7 @@ static void squared_norm(double *result, double *partial, const real *x, long n)
 // A float from 2^23 to 2^24 has no bits for a fraction, so adding ROUND, in the middle, rounds to a
 // whole number, which then stands in the low bits. The bits of a float are sign, exponent + 127,
 // fraction: so n + 127, shifted to the exponent, is 2^n. x is clamped to -87 .. 88, where 2^n
-// exists; NaN stays.
+// exists (so exp_(-1000) is 1.6e-38, not 0); NaN stays.
 static inline real exp_(real x) {
   if (sizeof(real) == sizeof(double)) return exp(x);
   const float ROUND = 0x1.8p23f;
@@ -1447,6 +1324,128 @@ static inline real exp_(real x) {
 }
 
 static inline real tanh_(real u) { return 1 - 2 / (exp_(2*u) + 1); }   // for any u, and NaN
+
+// ---- The fast attention: ROWS queries at a time, its products by the tiles of the matmul. With
+// ROWS = 2:
+//
+//   keys      0   1   2   3   4   5
+//   query 0   x   0
+//   query 1   x   x                       x: exp(z[t,s] - max), which is att[t,s] times the sum of
+//   query 2   x   x   x   0               its row. No product goes further than to the last key
+//   query 3   x   x   x   x               that one of the ROWS queries sees (or to the end of its
+//   query 4   x   x   x   x   x   0       panel). What a query does not see is 0 there.
+//   query 5   x   x   x   x   x   x
+
+// One row of scores. On entry e[s] = q[t].k[s]; on return e[s] = exp(e[s] * scale - max), or 0 from
+// s = seen on. Returns their sum.
+static real exp_of_scores(real *e, int seen, int width, real max, real scale) {
+  return SUM(real, s, width, e[s] = s < seen ? exp_(e[s] * scale - max) : 0);
+}
+
+static void attention_forward(Tensor out, Tensor lse, Tensor qkv, int B, int T, int C, int H) {
+  if (PLAIN) { attention_plain_forward(out, lse, qkv, B, T, C, H); return; }
+  int D = C / H;
+  long row = 3L*C;                               // from token to token in qkv
+  // A row of att is an odd number of cache lines: rows 4096 bytes apart would share few places in
+  // the cache.
+  int stride = ((padded(T) + CACHE_LINE - 1) / CACHE_LINE | 1) * CACHE_LINE;
+  real scale = 1 / sqrt((real)D);
+  parallel_for (bh, B*H) {
+    Head a = head_of(qkv.data, out.data, lse.data, bh, T, C, H);
+    real *att = scratch((long)ROWS*stride + (long)D*padded(T) + (long)T*padded(D));
+    real *kT_panels = att + (long)ROWS*stride, *v_panels = kT_panels + (long)D*padded(T);
+    pack_all(kT_panels, transpose(rows_of(a.k, row)), D, T);   // once for all queries
+    pack_all(v_panels, rows_of(a.v, row), T, D);
+    for (long i = 0; i < T; i += ROWS) {         // queries from i on
+      int rows = MIN((long)ROWS, T - i), keys = i + rows, width = padded(keys);
+      Matrix q = rows_of(a.q + i*row, row), out_i = rows_of(a.out + i*C, C);
+      real sum[ROWS];
+      multiply_packed(rows_of(att, stride), q, kT_panels, D, rows, width, D, SET, NULL);
+      for (int t = 0; t < rows; t++) {
+        real *att_t = att + (long)t*stride;
+        int seen = i + t + 1;                    // keys
+        real max = max_of(att_t, seen) * scale;  // subtracted, so that exp cannot overflow
+        sum[t] = exp_of_scores(att_t, seen, width, max, scale);
+        a.lse[i + t] = max + log(sum[t]);
+      }
+      multiply_packed(out_i, rows_of(att, stride), v_panels, T, rows, D, keys, SET, NULL);
+      for (int t = 0; t < rows; t++)
+        for (int d = 0; d < D; d++) out_i.at[t*C + d] /= sum[t];
+    }
+  }
+  profile_flop(2.0*B*T*T*C);
+}
+
+// For backward a block of queries meets a block of keys, so that att and dz of the two, and what is
+// packed, fit into the core's cache. Five products. For ROWS queries at a time:
+//   att from q k^T;  datt = dout v^T;  dq += dz k
+// then for ROWS keys at a time, with all queries of the block that see one of them:
+//   dv += att^T dout;  dk += dz^T q
+// Here t is relative to i, s to j, and dz has been divided by sqrt(D). ROWS divides QUERIES, so a
+// group of keys and the first query that sees one of them begin at multiples of ROWS: for this
+// query and later ones, att and dz were computed up to the last key of the group, 0 where it is not
+// seen.
+enum { QUERIES = 96, KEYS = 256, STRIDE = KEYS + CACHE_LINE };   // an odd number of cache lines
+
+static void attention_backward(Tensor out, Tensor lse, Tensor qkv, int B, int T, int C, int H) {
+  if (PLAIN) { attention_plain_backward(out, lse, qkv, B, T, C, H); return; }
+  int D = C / H;
+  long row = 3L*C, size = (long)KEYS*padded(D);   // of a packed operand, at most
+  real scale = 1 / sqrt((real)D);
+  parallel_for (bh, B*H) {
+    Head a = head_of(qkv.data, out.data, lse.data, bh, T, C, H);
+    Head g = head_of(qkv.grad, out.grad, lse.data, bh, T, C, H);
+    real *att = scratch(2L*QUERIES*STRIDE + 5*size), *dz = att + QUERIES*STRIDE;
+    real *k_panels = dz + QUERIES*STRIDE, *kT_panels = k_panels + size;
+    real *vT_panels = kT_panels + size, *q_panels = vT_panels + size;
+    real *dout_panels = q_panels + size;
+    for (long t = 0; t < T; t++)
+      for (int d = 0; d < D; d++) g.q[t*row + d] = g.k[t*row + d] = g.v[t*row + d] = 0;
+    for (long j = 0; j < T; j += KEYS) {         // keys from j on
+      int keys = MIN((long)KEYS, T - j);
+      Matrix k = rows_of(a.k + j*row, row), v = rows_of(a.v + j*row, row);
+      pack_all(k_panels, k, keys, D);
+      pack_all(kT_panels, transpose(k), D, keys);
+      pack_all(vT_panels, transpose(v), D, keys);
+      for (long i = j; i < T; i += QUERIES) {    // queries from i on
+        int queries = MIN((long)QUERIES, T - i);
+        int any_sees = MIN((long)keys, i + queries - j);   // keys that a query here sees
+        Matrix q = rows_of(a.q + i*row, row), dout = rows_of(g.out + i*C, C);
+        pack_all(q_panels, q, queries, D);
+        pack_all(dout_panels, dout, queries, D);
+        for (int t0 = 0; t0 < queries; t0 += ROWS) {   // att and dz, and from them dq
+          int rows = MIN(ROWS, queries - t0), seen = MIN((long)keys, i + t0 + rows - j);
+          Matrix att_t0 = rows_of(att + t0*STRIDE, STRIDE), dz_t0 = rows_of(dz + t0*STRIDE, STRIDE);
+          Matrix dq = rows_of(g.q + (i + t0)*row, row);
+          int width = padded(seen);
+          multiply_packed(att_t0, part_of(q, t0, 0), kT_panels, D, rows, width, D, SET, NULL);
+          multiply_packed(dz_t0, part_of(dout, t0, 0), vT_panels, D, rows, width, D, SET, NULL);
+          for (int t = t0; t < t0 + rows; t++) {
+            real *att_t = att + t*STRIDE, *dz_t = dz + t*STRIDE, lse_t = a.lse[i + t];
+            const real *out_t = a.out + (i + t)*C, *dout_t = dout.at + (long)t*C;
+            real dout_dot_out = SUM(real, d, D, dout_t[d] * out_t[d]);
+            for (int s = 0; s < width; s++) {    // dz[] had datt until now
+              att_t[s] = j + s <= i + t ? exp_(att_t[s] * scale - lse_t) : 0;
+              dz_t[s] = att_t[s] * (dz_t[s] - dout_dot_out) * scale;
+            }
+          }
+          multiply_packed(dq, dz_t0, k_panels, keys, rows, D, seen, ADD, NULL);
+        }
+        for (int s = 0; s < any_sees; s += ROWS) {   // dk and dv of ROWS keys
+          int rows = MIN(ROWS, any_sees - s);
+          int t = MAX(0, j + s - i);             // the first query that sees the first of them
+          Matrix att_s = transpose(rows_of(att + t*STRIDE + s, STRIDE));
+          Matrix dz_s = transpose(rows_of(dz + t*STRIDE + s, STRIDE));
+          multiply_packed(rows_of(g.v + (j + s)*row, row), att_s, dout_panels + t*COLUMNS, queries,
+                          rows, D, queries - t, ADD, NULL);
+          multiply_packed(rows_of(g.k + (j + s)*row, row), dz_s, q_panels + t*COLUMNS, queries,
+                          rows, D, queries - t, ADD, NULL);
+        }
+      }
+    }
+  }
+  profile_flop(5.0*B*T*T*C);
+}
 
 // ---- 7. Threads and memory --------------------------------------------------------------------
 

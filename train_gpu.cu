@@ -451,8 +451,8 @@ static void crossentropy_backward(Tensor loss, Tensor correct, Tensor row_lse, T
 //   dv[s] = sum_t att[t,s] dout[t];  dq[t] = sum_s dz[t,s] k[s] / sqrt(D);
 //   dk[s] = sum_t dz[t,s] q[t] / sqrt(D)                     each sum over the pairs with s <= t
 //
-// train.c takes a few queries with all the keys that they see. Here a CUDA block takes SIDE queries
-// with SIDE keys at a time, a tile:
+// The fast forward of train.c takes a few queries with all the keys that they see. Here a CUDA
+// block takes SIDE queries with SIDE keys at a time, a tile:
 //
 //   keys       0..63   64..127  128..191
 //   queries  +-------+--------+---------+
@@ -483,11 +483,12 @@ static void crossentropy_backward(Tensor loss, Tensor correct, Tensor row_lse, T
 // and k are transposed on the way into shared memory, and so is the result of the first product:
 //
 //   x[d][t] = q[t][d]  y[d][s] = k[s][d]  ->  z[t][s], in registers: maximum, exp, sum of a row
-//   x[s][t] = z[t][s]  y[s][d] = v[s][d]  ->  out[t][d] += , in registers until the last tile
+//   x[s][t] = exp(z[t][s] - maximum)  y[s][d] = v[s][d]  ->  out[t][d] += , in registers until the
+//                                                             last tile
 //
 // With --precision bf16 the products are those of tensor cores (see section 6), and a warp has 16
 // whole rows of the result. What a lane then has of it are 2 rows and SIDE/4 columns, and just the
-// numbers that it needs as the left operand of the second product: z never leaves its registers.
+// numbers that it needs as the left operand of the second product: they never leave its registers.
 // Tiles of bf16 are small and need not be transposed, so those of a block's own rows are kept over
 // the whole loop, and one that several products read is loaded once. In fp32 q would need a third
 // tile of 16 KB, and only one block would fit on a multiprocessor of a T4 (64 KB); loading it again
@@ -505,11 +506,11 @@ enum {
 #define TX ((int)threadIdx.x % SIDE_LANES)
 #define TY ((int)threadIdx.x / SIDE_LANES)
 
-// A thread's numbers of a result are part[i*COLUMNS + j], i < ROWS and j < COLUMNS, and are in row
-// ROW_OF(i) and column COLUMN_OF(j) of it. `bf16` is a constant of the function that says so.
-#define LANES (bf16 ? 4 : SIDE_LANES)       // that have numbers of one row: neighbours
-#define ROWS (bf16 ? 2 : 8)
-#define COLUMNS (bf16 ? SIDE/4 : 4)
+// A thread's part of a result: part[i*PART_COLUMNS + j], i < PART_ROWS and j < PART_COLUMNS, is in
+// row ROW_OF(i) and column COLUMN_OF(j). `bf16` is a constant of the function that says so.
+#define ROW_LANES (bf16 ? 4 : SIDE_LANES)   // that have numbers of one row: neighbours
+#define PART_ROWS (bf16 ? 2 : 8)
+#define PART_COLUMNS (bf16 ? SIDE/4 : 4)
 #define ROW_OF(i) (bf16 ? (int)threadIdx.x/32*16 + (i)*8 + (int)threadIdx.x%32/4 \
                         : TY*4 + (i)%4 + (i)/4*(SIDE/2))
 #define COLUMN_OF(j) (bf16 ? (j)/2*8 + (int)threadIdx.x%4*2 + (j)%2 : TX*4 + (j))
@@ -598,8 +599,8 @@ static __device__ __forceinline__ void store_part(real *tile, const real *part) 
           Real4{{part[i*4 + j], part[i*4 + 4 + j], part[i*4 + 8 + j], part[i*4 + 12 + j]}};
 }
 
-// sum[row][column] += sum over k < depth of x[k][row] y[k][column], four k at a time: the tiles are
-// 0 from depth on
+// sum[row][column] += sum over k < depth of x[k][row] y[k][column], four k at a time: y is 0 from
+// depth on, so x may be any finite number there
 static __device__ __forceinline__ void multiply_tiles(real *sum, const real *x, const real *y,
                                                       int depth) {
   const int bf16 = 0;
@@ -665,7 +666,7 @@ static __device__ __forceinline__ void add_product(const int bf16, real *sum, re
     UNROLL for (int k = 0; k < SIDE; k += 16) {
       unsigned a[4];
       UNROLL for (int i = 0; i < 4; i++) {
-        const real *pair = part + i%2*COLUMNS + k/4 + i/2*2;
+        const real *pair = part + i%2*PART_COLUMNS + k/4 + i/2*2;
         a[i] = bf16_pair(pair[0], pair[1]);
       }
       multiply_strip(sum, a, y->tile, k, 0);
@@ -676,9 +677,9 @@ static __device__ __forceinline__ void add_product(const int bf16, real *sum, re
 static __device__ __forceinline__ void store_rows(const int bf16, real *x, long row, int rows,
                                                   int columns, const real *part) {
   const int n = bf16 ? 2 : 4;            // consecutive numbers
-  UNROLL for (int i = 0; i < ROWS; i++)
-    UNROLL for (int j = 0; j < COLUMNS; j += n) {
-      const real *p = part + i*COLUMNS + j;
+  UNROLL for (int i = 0; i < PART_ROWS; i++)
+    UNROLL for (int j = 0; j < PART_COLUMNS; j += n) {
+      const real *p = part + i*PART_COLUMNS + j;
       if (ROW_OF(i) < rows)
         store4(x + ROW_OF(i)*row + COLUMN_OF(j), MIN(n, columns - COLUMN_OF(j)),
                Real4{{p[0], p[1], p[n - 2], p[n - 1]}});
@@ -699,37 +700,37 @@ static __device__ __forceinline__ void attention_forward_tile(const int bf16, At
   const real *q = p.qkv + b*T*row + h*D, *k = q + p.C, *v = k + p.C;
   Rows q_i = rows_from(q, row, i, T, shared);
   real scale = 1 / sqrt((real)D), z[PART], o[PART] = {0}, max[8], sum[8];
-  UNROLL for (int r = 0; r < ROWS; r++) max[r] = -INFINITY, sum[r] = 0;
+  UNROLL for (int r = 0; r < PART_ROWS; r++) max[r] = -INFINITY, sum[r] = 0;
   for (int j = 0; j <= i; j += SIDE) {
     Rows k_j = rows_from(k, row, j, T, shared + BF16_TILE);
     Rows v_j = rows_from(v, row, j, T, shared + 2*BF16_TILE);
     dot_rows(bf16, z, (real *)shared, &q_i, &k_j, D);
-    UNROLL for (int r = 0; r < ROWS; r++) {
+    UNROLL for (int r = 0; r < PART_ROWS; r++) {
       int seen = i + ROW_OF(r) - j + 1;  // keys s <= t; at least one in each tile
-      real tile_max = max[r], *z_r = z + r*COLUMNS, *o_r = o + r*COLUMNS;
-      UNROLL for (int c = 0; c < COLUMNS; c++) {
+      real new_max = max[r], *z_r = z + r*PART_COLUMNS, *o_r = o + r*PART_COLUMNS;
+      UNROLL for (int c = 0; c < PART_COLUMNS; c++) {
         z_r[c] *= scale;
-        if (COLUMN_OF(c) < seen) tile_max = MAX(tile_max, z_r[c]);
+        if (COLUMN_OF(c) < seen) new_max = MAX(new_max, z_r[c]);
       }
-      for (int lanes = LANES / 2; lanes > 0; lanes /= 2) {
-        real other = __shfl_xor_sync(ALL_LANES, tile_max, lanes);
-        tile_max = MAX(tile_max, other);
+      for (int lanes = ROW_LANES / 2; lanes > 0; lanes /= 2) {
+        real other = __shfl_xor_sync(ALL_LANES, new_max, lanes);
+        new_max = MAX(new_max, other);
       }
-      real rescale = exp_(max[r] - tile_max);   // 0 the first time
-      max[r] = tile_max;
+      real rescale = exp_(max[r] - new_max);   // of what was summed; 0 the first time
+      max[r] = new_max;
       sum[r] *= rescale;
-      UNROLL for (int c = 0; c < COLUMNS; c++) {
+      UNROLL for (int c = 0; c < PART_COLUMNS; c++) {
         o_r[c] *= rescale;
-        z_r[c] = COLUMN_OF(c) < seen ? exp_(z_r[c] - tile_max) : 0;
+        z_r[c] = COLUMN_OF(c) < seen ? exp_(z_r[c] - new_max) : 0;
         sum[r] += z_r[c];                // of this thread's columns; see below
       }
     }
     add_product(bf16, o, (real *)shared, z, &v_j, d0, D);
   }
-  UNROLL for (int r = 0; r < ROWS; r++) {
-    for (int lanes = LANES / 2; lanes > 0; lanes /= 2)   // of all columns
+  UNROLL for (int r = 0; r < PART_ROWS; r++) {
+    for (int lanes = ROW_LANES / 2; lanes > 0; lanes /= 2)   // of all columns
       sum[r] += __shfl_xor_sync(ALL_LANES, sum[r], lanes);
-    UNROLL for (int c = 0; c < COLUMNS; c++) o[r*COLUMNS + c] /= sum[r];
+    UNROLL for (int c = 0; c < PART_COLUMNS; c++) o[r*PART_COLUMNS + c] /= sum[r];
     if (COLUMN_OF(0) == 0 && d0 == 0 && i + ROW_OF(r) < T)
       p.lse[(long)blockIdx.x*T + i + ROW_OF(r)] = max[r] + log(sum[r]);
   }
@@ -748,9 +749,9 @@ static __global__ void attention_backward_dot(real *dout_dot_out, const real *ou
   if (threadIdx.x % 32 == 0) dout_dot_out[i] = sum;
 }
 
-// dq: a CUDA block owns SIDE queries and goes through the keys that they see. In C one loop adds
-// dq, dk and dv, since one thread owns the whole head; here dk and dv have a kernel of their own,
-// in which a block owns keys.
+// dq: a CUDA block owns SIDE queries and goes through the keys that they see. In C one thread owns
+// the whole head, and can add dq, dk and dv together; here dk and dv have a kernel of their own, in
+// which a block owns keys.
 static __device__ __forceinline__ void attention_backward_q_tile(const int bf16, Attention p,
                                                                  char *shared) {
   int T = p.T, D = p.C / p.H, b = blockIdx.x / p.H, h = blockIdx.x % p.H, d0 = blockIdx.z * SIDE;
@@ -760,7 +761,7 @@ static __device__ __forceinline__ void attention_backward_q_tile(const int bf16,
   Rows q_i = rows_from(q, row, i, T, shared);
   Rows dout_i = rows_from(p.dout + (long)b*T*p.C + h*D, p.C, i, T, shared + BF16_TILE);
   real scale = 1 / sqrt((real)D), z[PART], dz[PART], dq[PART] = {0}, lse[8], dot[8];
-  UNROLL for (int r = 0; r < ROWS; r++) {
+  UNROLL for (int r = 0; r < PART_ROWS; r++) {
     int t = i + ROW_OF(r);
     lse[r] = t < T ? p.lse[first + t] : 0;
     dot[r] = t < T ? p.dout_dot_out[first + t] : 0;
@@ -770,9 +771,9 @@ static __device__ __forceinline__ void attention_backward_q_tile(const int bf16,
     Rows v_j = rows_from(v, row, j, T, shared + 3*BF16_TILE);
     dot_rows(bf16, z, (real *)shared, &q_i, &k_j, D);
     dot_rows(bf16, dz, (real *)shared, &dout_i, &v_j, D);   // datt
-    UNROLL for (int r = 0; r < ROWS; r++)
-      UNROLL for (int c = 0; c < COLUMNS; c++) {
-        int t = i + ROW_OF(r), s = j + COLUMN_OF(c), n = r*COLUMNS + c;
+    UNROLL for (int r = 0; r < PART_ROWS; r++)
+      UNROLL for (int c = 0; c < PART_COLUMNS; c++) {
+        int t = i + ROW_OF(r), s = j + COLUMN_OF(c), n = r*PART_COLUMNS + c;
         real att = s <= t && t < T ? exp_(z[n] * scale - lse[r]) : 0;
         dz[n] = att * (dz[n] - dot[r]) * scale;
       }
@@ -797,11 +798,11 @@ static __device__ __forceinline__ void attention_backward_kv_tile(const int bf16
     Rows dout_i = rows_from(dout, p.C, i, T, shared + 3*BF16_TILE);
     dot_rows(bf16, z, (real *)shared, &k_j, &q_i, D);
     dot_rows(bf16, dz, (real *)shared, &v_j, &dout_i, D);   // datt
-    UNROLL for (int c = 0; c < COLUMNS; c++) {
+    UNROLL for (int c = 0; c < PART_COLUMNS; c++) {
       int t = i + COLUMN_OF(c);
       real lse = t < T ? p.lse[first + t] : 0, dot = t < T ? p.dout_dot_out[first + t] : 0;
-      UNROLL for (int r = 0; r < ROWS; r++) {
-        int n = r*COLUMNS + c;
+      UNROLL for (int r = 0; r < PART_ROWS; r++) {
+        int n = r*PART_COLUMNS + c;
         z[n] = j + ROW_OF(r) <= t && t < T ? exp_(z[n] * scale - lse) : 0;   // att
         dz[n] = z[n] * (dz[n] - dot) * scale;
       }
@@ -899,7 +900,7 @@ static __global__ void matmul_plain(Product p) {
 // in steps: its threads copy 16 x 16 of A and of B to shared memory, where 16 threads use each
 // number. Now shared memory is the limit: each multiply-add needs two loads from it, and in the
 // time of these a multiprocessor could do eight. (Four on a T4.)
-enum { BIG = WARPS == 8 ? 16 : 8 };      // BIG*BIG == THREADS
+enum { BIG = WARPS == 8 ? 16 : 8 };      // a CUDA block of rung 2 has BIG*BIG threads
 
 static __global__ void matmul_shared(Product p) {
   __shared__ real a[BIG][BIG], b[BIG][BIG];
@@ -939,6 +940,9 @@ enum {
   PAD = 4                                // numbers between two rows of a tile, see put()
 };
 
+// From here on `side` is 16 or 8: a CUDA block has side*side threads with 8 x 8 elements each, so
+// its tile of C is 8*side x 8*side, 128 or 64.
+//
 // How a thread reads its part of an operand. A line is a row of A or a column of B. A tile has
 // 8*side lines, and side*side threads read it, 16/side Real4 each in a step. `along`: are the
 // numbers of a line consecutive in memory? Then consecutive threads read along k, then the next
@@ -1011,15 +1015,16 @@ static __device__ __forceinline__ void multiply_fp32(real (*sum)[8], const real 
   }
 }
 
-// A CUDA block's tile of C. The first three arguments are constants, so each kernel below is this
-// function with its loops unrolled and its branches decided. One operand of the next step is
-// fetched in each half of a step, since the numbers of both need too many registers.
+// A CUDA block's tile of C. The first three arguments are constants, so each call below is a copy
+// of this function with its loops unrolled and its branches decided; a kernel has four copies, one
+// for each pair of layouts. One operand of the next step is fetched in each half of a step, since
+// the numbers of both need too many registers.
 static __device__ __forceinline__ void matmul_tile(const int side, const int a_along,
                                                    const int b_along, const Product *p,
                                                    real *shared) {
-  const int numbers = DEPTH*(8*side + PAD), row_of_warps = side / 8, along[2] = {a_along, b_along};
+  const int numbers = DEPTH*(8*side + PAD), warps_in_row = side / 8, along[2] = {a_along, b_along};
   int i = blockIdx.y * 8*side, j = blockIdx.x * 8*side, warp = threadIdx.x / 32;
-  int warp_i = warp / row_of_warps * 32, warp_j = warp % row_of_warps * 64;
+  int warp_i = warp / warps_in_row * 32, warp_j = warp % warps_in_row * 64;
   int begin = blockIdx.z * p->slice, left = MIN(p->K - begin, p->slice);
   Reader reader[2] = {reader_of(p->a, i, p->M, begin, side, a_along),
                       reader_of(transpose(p->b), j, p->N, begin, side, b_along)};
@@ -1051,7 +1056,7 @@ static __device__ __forceinline__ void matmul_tile(const int side, const int a_a
 // bf16, the upper half of a float: 8 bits of exponent, 7 of fraction. Their sums are floats, and so
 // are weights, activations and gradients in memory. A kernel of its own rounds the operands of a
 // product before it. That costs time, but then a CUDA block reads half the bytes, through the L2
-// cache, which is what else limits this rung; it transposes where necessary and fills the last
+// cache, which is the other limit of this rung; it transposes where necessary and fills the last
 // tiles with 0, so that the loop has one form and no edges; and tiles can go to shared memory by
 // cp.async: without registers, and two steps ahead. On Hopper alone there is more: TMA, by which
 // one thread fetches a tile, and wgmma, by which four warps multiply straight from shared memory.
@@ -1062,8 +1067,8 @@ enum { STAGES = 3, DEPTH_BF16 = 32 };    // 3 steps of 32 k are 48 KB of tiles
 // banks once. load_bf16() reads chunks from 8 rows, one below the other. So they are swizzled:
 // chunk c of row r is in place c ^ r % 8, or c ^ r/2 % 4 where two rows of 4 chunks fill the banks.
 static __device__ __forceinline__ int bf16_at(int row, int column, int columns) {
-  const int chunks = columns / 8, most = MIN(chunks, 8);
-  return (row*chunks + (column/8 ^ row*most/8 % most)) * 8 + column % 8;
+  const int chunks = columns / 8;        // of a row: 4 or 8
+  return (row*chunks + (column/8 ^ row*chunks/8 % chunks)) * 8 + column % 8;
 }
 
 // Instructions that C++ has no name for, in PTX, the assembly language of NVIDIA GPUs. s, x, y and
@@ -1178,9 +1183,9 @@ static __device__ __forceinline__ void multiply_bf16(real (*sum)[8], unsigned a,
 // A CUDA block's tile of C
 static __device__ __forceinline__ void matmul_tile_bf16(const int side, const Product *p,
                                                         char *shared) {
-  const int bytes = 8*side*DEPTH_BF16*2, row_of_warps = side / 8, last = (STAGES - 1) * 2*bytes;
+  const int bytes = 8*side*DEPTH_BF16*2, warps_in_row = side / 8, last = (STAGES - 1) * 2*bytes;
   int i = blockIdx.y * 8*side, j = blockIdx.x * 8*side, warp = threadIdx.x / 32;
-  int warp_i = warp / row_of_warps * 32, warp_j = warp % row_of_warps * 64;
+  int warp_i = warp / warps_in_row * 32, warp_j = warp % warps_in_row * 64;
   int begin = blockIdx.z * p->slice, steps = MIN(p->K - begin, p->slice) / DEPTH_BF16;
   int line = threadIdx.x / 4, k = threadIdx.x % 4 * 8;
   const char *from[2] = {p->rounded_a + 2*((long)(i + line)*p->K + begin + k),
@@ -1250,8 +1255,9 @@ static void add_slices(Matrix c, const real *part, int M, int N, int slices, int
 }
 
 // Waves: if `at_once` CUDA blocks fit on the GPU, a grid runs in waves of that many, and the last
-// wave takes as long as a full one. This is the number of slices, up to `most`, that leaves the
-// least of the waves empty; more slices must gain 5 %, since their sums are written and read again.
+// wave takes as long as a full one. This is the number of slices, up to 16 and to `most`, that
+// leaves the least of the waves empty; more slices must gain 5 %, since their sums are written and
+// read again.
 static int slices_for(long tiles, long at_once, long most) {
   int best = 1;
   double fullest = 0;
@@ -1312,7 +1318,7 @@ static void matmul(Matrix c, Matrix a, Matrix b, int M, int N, int K, int mode, 
   if (grid.y > 65535)
     die("a matrix of %d rows is too large for a GPU's grid: lower --batch_size", M);
   if (rung == 1) RUN(matmul_plain<<<grid, THREADS, 0, stream>>>(p));
-  else if (rung == 2) RUN(matmul_shared<<<grid, THREADS, 0, stream>>>(p));
+  else if (rung == 2) RUN(matmul_shared<<<grid, BIG*BIG, 0, stream>>>(p));
   else if (is_big && use_bf16) RUN(matmul_big_bf16<<<grid, side*side, 0, stream>>>(p));
   else if (is_big) RUN(matmul_big<<<grid, side*side, 0, stream>>>(p));
   else if (use_bf16) RUN(matmul_small_bf16<<<grid, side*side, 0, stream>>>(p));
