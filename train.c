@@ -24,7 +24,7 @@
 //   the lesson      1 types and the layer interface   2 the model   3 forward and backward
 //                   4 optimizers, one update, the training loop
 //   the layers      5 from residual to attention
-//   the machinery   6 matmul, sums and exp   7 threads and memory
+//   the machinery   6 matmul, sums, exp, the fast attention   7 threads and memory
 //   the plumbing    8 data   9 checkpoint   10 log, plot, console   11 options and main
 //
 // train_gpu.cu has the same sections: it implements 5 to 7, and the optimizer of section 4, as CUDA
@@ -1004,7 +1004,7 @@ static void attention_plain_backward(Tensor out, Tensor lse, Tensor qkv, int B, 
   }
 }
 
-// ---- 6. Matmul, sums and exp ------------------------------------------------------------------
+// ---- 6. Matmul, sums, exp and the fast attention ----------------------------------------------
 // The matmul takes three quarters of the time of a training step, so most of what is complicated
 // here is spent on it. First the six lines that it replaces, which compute the same:
 
