@@ -2233,7 +2233,7 @@ static const char *running_kernel(void) { return NULL; }
 
 #else   // EMULATED, and this file includes itself for what follows
 // ---- 8. CUDA without a GPU --------------------------------------------------------------------
-// What a GPU does, in 670 lines, so that any machine can check and debug kernels. A launch names a
+// What a GPU does, in 700 lines, so that any machine can check and debug kernels. A launch names a
 // grid of blocks and the threads of a block; all run the same function and differ in threadIdx and
 // blockIdx only. Blocks know nothing of each other. The threads of a block share what is declared
 // __shared__, and wait for each other at __syncthreads(). 32 consecutive threads are a warp: they

@@ -1147,8 +1147,9 @@ static inline void tile_of(const int most, const int whole, Matrix c, Matrix a, 
 
 // tile() is a function of its own on purpose: if it is inlined into the loops around it, GCC runs
 // out of registers and spills the sums. A stride that is the constant 1 needs no register, so there
-// is a form for A in place and one for A transposed, whose rows, if all are there, are neighbours.
-// Two more are for few rows, as in generate.c: they compute 4 or 8 in place of ROWS.
+// is a form for A in place and one for A transposed; if that has all ROWS rows, their numbers are
+// neighbours, and one pointer serves for all. Two more are for few rows, as in generate.c: they
+// compute 4 or 8 in place of ROWS.
 enum { FEW = 4 };
 __attribute__((noinline))
 static void tile(Matrix c, Matrix a, const real *panel, int rows, int columns, int depth, int mode,

@@ -45,7 +45,7 @@ UNSEEN void print_place(void *from) {
     if (f) fclose(f);
     while (*start == ' ') start++;
     start[strcspn(start, "\n")] = 0;
-    if (strncmp(start, "ATTENTION_KERNEL(", 17))
+    if (strncmp(start, "ATTENTION_KERNEL(", 17))   // this only names the kernel once more
       fprintf(report ? report : stderr, "    %sline %d: %s\n", i ? "called from " : "",
               atoi(colon + 1), start);
   }
