@@ -3,7 +3,8 @@
 // which is included below.
 //
 // Read it beside train.c. The sections have the same numbers, and a function has the same name,
-// arguments and equations; its kernels stand directly above it. A loop there is a launch here:
+// arguments and equations; its kernels stand directly above it. (Of attention, section 5 of train.c
+// has the plain form; the fast one ends section 6.) A loop there is a launch here:
 //
 //   parallel_for (n, N) { ... }           kernel<<<N / rows of a CUDA block, threads>>>(...)
 //   the barrier at its end                the next launch: a stream runs its kernels one by one
