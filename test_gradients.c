@@ -1551,14 +1551,16 @@ static void check_initial_weights(void) {
   model_init(m, 1337);
   for (Entry *e = m->parameter; e < m->parameter + m->n_parameters; e++) {
     long n = entry_count(e);
-    double *w = fetch(e->tensor->data, n), mean = 0, variance = 0;
+    double *w = fetch(e->tensor->data, n), mean = 0, variance = 0, neighbours = 0;
     int k = 0;
     while (!strstr(e->name, table[k].name)) k++;
     for (long i = 0; i < n; i++) mean += w[i] / n;
     for (long i = 0; i < n; i++) variance += (w[i] - mean) * (w[i] - mean) / n;
+    for (long i = 1; i < n; i++) neighbours += (w[i - 1] - mean) * pow(w[i] - mean, 2) / n;
     double std = table[k].std, slack = 5 / sqrt((double)n);   // 5 standard errors
     if (!(fabs(mean - table[k].mean) <= slack * std + 1e-7
-          && fabs(sqrt(variance) - std) <= slack * std)) wrong = e->name;
+          && fabs(sqrt(variance) - std) <= slack * std
+          && fabs(neighbours) <= slack * sqrt(3.0) * pow(std, 3) + 1e-20)) wrong = e->name;
   }
   double wte = *fetch(m->wte.data, 1), wpe = *fetch(m->wpe.data, 1);
   double flop = 6 * 10 * (100*64 + 2*12*64*64 + 7*64*2);   // for 10 tokens, T 7
@@ -1566,7 +1568,7 @@ static void check_initial_weights(void) {
   double next = *fetch(m->wte.data, 1);
   expect(next != wte && next != wpe, "initial weights", "of the next seed are others");
   expect(model_flop(m, 10, 7) == flop, "floating-point operations", "%.0f", model_flop(m, 10, 7));
-  expect(!wrong, "initial weights", wrong ? "%s has another mean or standard deviation"
+  expect(!wrong, "initial weights", wrong ? "%s: wrong mean, standard deviation or independence"
          : "mean and standard deviation as in GPT-2%s", wrong ? wrong : "");
 }
 
