@@ -1061,7 +1061,7 @@ enum { VECTOR_BYTES = 16, ROWS = 8 };    // of 32 registers of NEON: 8 x 2 sums,
 enum { VECTOR_BYTES = 16, ROWS = 4 };    // of 16 registers of SSE2, or whatever there is
 #endif
 typedef real vec __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
-typedef real vec4 __attribute__((vector_size(4*sizeof(real)), aligned(sizeof(real)), may_alias));
+typedef real vec8 __attribute__((vector_size(8*sizeof(real)), aligned(sizeof(real)), may_alias));
 enum {
   VECTOR = VECTOR_BYTES / sizeof(real),  // numbers in a vec
   COLUMNS = 2*VECTOR,
@@ -1080,9 +1080,9 @@ enum {
 static Matrix part_of(Matrix m, long i, long j) { m.at += i*m.down + j*m.right; return m; }
 static int padded(int columns) { return (columns + COLUMNS - 1) / COLUMNS * COLUMNS; }
 
-// Copies a matrix of depth x columns into a panel of depth x width, and pads it with zeros. Fetches
-// what the next panel will need. The last loop copies what the others left. (With == for >=, clang
-// forgets that width is a constant.)
+// Copies a matrix of depth x columns into a panel of depth x width, and pads it with zeros. Of a
+// transposed matrix, 8 columns at a time: each is contiguous, and the processor reads ahead in as
+// many places as that, but not in 32. (With == for >=, clang forgets that width is a constant.)
 __attribute__((always_inline))
 static inline void pack(real *panel, Matrix m, int depth, int columns, const int width) {
   int k = 0;
@@ -1092,16 +1092,16 @@ static inline void pack(real *panel, Matrix m, int depth, int columns, const int
       __builtin_prefetch(next_panel), __builtin_prefetch(next_panel + width - 1);
       memcpy(panel + k*width, x, width * sizeof(real));
     }
-  if (columns >= width && width % 4 == 0 && m.down == 1)   // transposed: cache lines of 4 columns
-    for (; k + CACHE_LINE <= depth; k += CACHE_LINE)
-      for (int j = 0; j < width; j += 4) {
-        const real *x0 = m.at + k + j*m.right, *x1 = x0 + m.right, *x2 = x1 + m.right;
-        const real *x3 = x2 + m.right, *next_panel = x0 + width*m.right;
-        for (int i = 0; i < 4; i++) __builtin_prefetch(next_panel + i*m.right);
-        for (int i = 0; i < CACHE_LINE; i++)
-          *(vec4 *)(panel + (k + i)*width + j) = (vec4){x0[i], x1[i], x2[i], x3[i]};
-      }
-  for (; k < depth; k++)
+  else if (columns >= width && width % 8 == 0 && m.down == 1)
+    for (int j = 0; j < width; j += 8) {
+      const real *x0 = m.at + j*m.right, *x1 = x0 + m.right, *x2 = x1 + m.right;
+      const real *x3 = x2 + m.right, *x4 = x3 + m.right, *x5 = x4 + m.right;
+      const real *x6 = x5 + m.right, *x7 = x6 + m.right;
+      for (k = 0; k < depth; k++)
+        *(vec8 *)(panel + k*width + j) =
+          (vec8){x0[k], x1[k], x2[k], x3[k], x4[k], x5[k], x6[k], x7[k]};
+    }
+  for (; k < depth; k++)                         // what is left: the edge
     for (int j = 0; j < width; j++)
       panel[k*width + j] = j < columns ? m.at[k*m.down + j*m.right] : 0;
 }
@@ -1165,8 +1165,16 @@ static void tile(Matrix c, Matrix a, const real *panel, int rows, int columns, i
   else tile_of(ROWS, 0, c, transposed, panel, rows, columns, depth, mode, bias);
 }
 
+// All panels of a matrix. Contiguous rows are read as they lie in memory, and spread.
 static void pack_all(real *panels, Matrix m, int depth, int columns) {
-  for (int j = 0; j < columns; j += COLUMNS)
+  int whole = m.right == 1 ? columns / COLUMNS * COLUMNS : 0;
+  for (int k = 0; k < depth; k++)
+    for (int j = 0; j < whole; j += COLUMNS) {
+      const real *x = m.at + k*m.down + j;
+      __builtin_prefetch(x + m.down), __builtin_prefetch(x + m.down + COLUMNS - 1);
+      memcpy(panels + (long)j*depth + k*COLUMNS, x, COLUMNS * sizeof(real));
+    }
+  for (int j = whole; j < columns; j += COLUMNS)
     pack(panels + (long)j*depth, part_of(m, 0, j), depth, MIN(COLUMNS, columns - j), COLUMNS);
 }
 
