@@ -21,14 +21,15 @@
 // (section 3 shows it), those of the plain version in double do not. And each compares a training
 // step of a small model, tensor by tensor, with what the first program has saved.
 //
-// Sections: 1 finite differences and the verdict, 2 layers, 3 the whole model, and optimizers,
+// Sections: 1 finite differences and the verdict, 2 layers, 3 the whole model, optimizers, matmul,
 // 4 single-step and multi-step, 5 a model small enough to solve by hand, 6 somebody else's numbers,
 // 7 main, 8 CUDA without a GPU. README.md shows how to check a layer of your own.
 
-// Without a GPU this file is compiled as two parts: first its end, section 8, then the rest.
+// To check kernels without nvcc, this file includes itself once: the inner copy compiles only its
+// end, section 8, which defines EMULATOR_IS_HERE; then the outer copy compiles the rest.
 #if defined KERNELS && !defined __CUDACC__ && !defined EMULATED
 #define EMULATED
-#include "test_gradients.c"              // section 8 alone: what kernels need where no GPU is
+#include "test_gradients.c"
 #endif
 #if !defined EMULATED || defined EMULATOR_IS_HERE
 
@@ -55,7 +56,7 @@
 typedef struct { int B, T, C, H, V, O; } Shape;
 enum { IS_DOUBLE = sizeof(real) == sizeof(double) };
 
-static double *new_doubles(long n) {   // zeros; not freed, since this program soon ends
+static double *new_doubles(long n) {   // zeros; few are freed, since this program soon ends
   return (double *)host_alloc(NULL, n * sizeof(double));
 }
 
@@ -84,11 +85,13 @@ static double larger(double worst, double error) {   // unlike fmax, keeps a NaN
   return error <= worst || isnan(worst) ? worst : error;
 }
 
-static double norm_of(const double *x, long n) {
+static long double dot(const double *x, const double *y, long n) {
   long double sum = 0;
-  for (long i = 0; i < n; i++) sum += (long double)x[i] * x[i];
-  return (double)sqrtl(sum);
+  for (long i = 0; i < n; i++) sum += (long double)x[i] * y[i];
+  return sum;
 }
+
+static double norm_of(const double *x, long n) { return (double)sqrtl(dot(x, x, n)); }
 
 static double distance(const double *x, const double *y, long n) {   // |x - y| / |y|
   long double sum = 0;
@@ -97,10 +100,8 @@ static double distance(const double *x, const double *y, long n) {   // |x - y| 
 }
 
 static double angle(const double *x, const double *y, long n) {   // in degrees
-  long double dot = 0;
-  for (long i = 0; i < n; i++) dot += (long double)x[i] * y[i];
-  double cosine = (double)(dot / ((long double)norm_of(x, n) * norm_of(y, n)));
-  return acos(MAX(-1.0, MIN(1.0, cosine))) * 57.29577951308232;
+  double cosine = (double)(dot(x, y, n) / ((long double)norm_of(x, n) * norm_of(y, n)));
+  return acos(MAX(-1.0, MIN(1.0, cosine))) * (180 / acos(-1));
 }
 
 // What is differentiated: f = sum_i upstream[i] out[i], after evaluate(argument) has computed
@@ -133,7 +134,8 @@ static double slope(Function f, double *x, long n, const double *direction) {
   return (double)((8 * difference[1] - difference[2]) / (12 * h));
 }
 
-// ---- The verdict: a row of the table for each comparison, and what is wrong in words
+// ---- The verdict: a row of the table for each comparison, and what is wrong in words. On a first
+// reading, skip what is called say_ or only serves it, and go on at compare().
 
 typedef struct {
   const char *layer, *tensor;
@@ -212,14 +214,8 @@ static double term_at(const Comparison *c, char term, long i) {
   case 'D': return c->want[i] / dout;
   case 'A': return dout * (1 + h) / 2;
   case 'B': return dout * x * (1 - h*h) / 2 * a;
-  default: return dout * x * (1 - h*h) / 2 * a * 3*b * x*x;
+  case 'C': default: return dout * x * (1 - h*h) / 2 * a * 3*b * x*x;
   }
-}
-
-static double dot(const double *x, const double *y, long n) {
-  double sum = 0;
-  for (long i = 0; i < n; i++) sum += x[i] * y[i];
-  return sum;
 }
 
 // Is the error in each line a combination of one or two terms? (A least-squares fit: what lies
@@ -241,11 +237,11 @@ static int fits(const Comparison *c, const char *wrong, double size, char line, 
       e[m++] = c->got[i] - c->want[i];
     }
     for (int t = 0; t < k && m > 0; t++) {
-      double along = t ? dot(z[1], z[0], m) / dot(z[0], z[0], m) : 0;
+      double along = t ? (double)(dot(z[1], z[0], m) / dot(z[0], z[0], m)) : 0;
       for (long j = 0; j < m; j++) z[t][j] -= along * z[0][j];
-      double f = dot(e, z[t], m) / dot(z[t], z[t], m);
+      double f = (double)(dot(e, z[t], m) / dot(z[t], z[t], m));
       for (long j = 0; j < m; j++) e[j] -= f * z[t][j];
-      if (t == 0) factor[1] = fabs(1 + f) < 1e-6 ? 0 : 1 + f;   // 1 is as it should be
+      if (t == 0) factor[1] = fabs(1 + f) < 1e-6 ? 0 : 1 + f;   // got has (1 + f) of the term
       if (t == 0 && !used) factor[0] = factor[1];
     }
     for (long j = 0; j < m; j++) ok &= fabs(e[j]) <= MAX(1e-6, c->bar) * size;
@@ -253,7 +249,7 @@ static int fits(const Comparison *c, const char *wrong, double size, char line, 
     used += m > 0;
   }
   free(e); free(z[0]); free(z[1]);
-  return ok && seen > 2 * k * used;
+  return ok && seen > 2 * k * used;      // fewer numbers would fit anything
 }
 
 // Names the terms that make up the error, which is in `set`: all elements, or else the wrong ones.
@@ -477,7 +473,9 @@ static int expect(int ok, const char *what, const char *format, ...) {
 
 // A program that ends in the middle, by die(), exit() or a crash, still says where: in which layer.
 static const char *checking;
-static const char *running_kernel(void);   // "thread N of kernel K" in the emulator, else NULL
+#ifndef EMULATED
+static const char *running_kernel(void) { return NULL; }   // the emulator's: "thread N of kernel K"
+#endif
 
 static void report_end(void) {
   if (!checking) return;
@@ -513,7 +511,8 @@ static void report_crashes(void) {
 enum Kind {
   OUTPUT,     // forward sets it; its gradient is given to backward
   SAVED,      // forward sets it for backward; it has no gradient
-  SETS,       // an input whose gradient backward sets (=); it is NaN before, and must not be read
+  SETS,       // from here on inputs: backward sets its gradient (=), which is NaN before, and must
+              //   not be read
   ADDS        // an input whose gradient backward adds to (+=); it is random before
 };
 #ifdef WATCH
@@ -819,9 +818,7 @@ static double check_elements(Case *c, int i, const char *tensor, const double *g
 typedef struct { double promised, found; } Slope;
 static Slope slope_in(Case *c, int i, const double *got, const double *direction, long begin,
                       long end) {
-  long double sum = 0;
-  for (long j = begin; j < end; j++) sum += (long double)got[j] * direction[j];
-  Slope s = {(double)sum,
+  Slope s = {(double)dot(got + begin, direction + begin, end - begin),
              slope(function_of(c), c->data[i] + begin, end - begin, direction + begin)};
   return s;
 }
@@ -1947,10 +1944,10 @@ static void check_regression(Trainer *t) {
 // ---- 6. Somebody else's numbers ---------------------------------------------------------------
 // --save writes one training step of the tiny model: tokens and targets (B,T) as numbers; every
 // parameter under its name in Hugging Face's GPT-2; every activation (N,..) under the name that
-// layout() gives it, `loss` being that of each token; grad.NAME of the mean loss for all of them;
-// and updated.NAME, each parameter after SGD with rate 0.1. Any program can start from the same
-// tokens and parameters and write what it found under these names, as safetensors; --against
-// compares what is there, in the order in which it is computed.
+// layout() gives it, `loss` being that of each token, and lse in the order (B,H,T); grad.NAME of
+// the mean loss for all of them; and updated.NAME, each parameter after SGD with rate 0.1. Any
+// program can start from the same tokens and parameters and write what it found under these names,
+// as safetensors; --against compares what is there, in the order in which it is computed.
 
 static struct { const char *save, *against, *shape; int partial, sign; } asked;
 static Config saved_config = {2, 3, 12, 8, LETTERS};
@@ -2043,7 +2040,7 @@ static int unknown_names(const char *s) {
     if (*value == ':') value += 1 + strspn(value + 1, JSON_SPACE);
     if (*value != '{' || !strcmp(name, "__metadata__") || known_name(name)) continue;
     for (char *c = name; *c; c++)
-      if (iscntrl((unsigned char)*c)) *c = '?';
+      if ((unsigned char)*c < 32 || *c == 127) *c = '?';
     if (unknown++ < 5) printf("%s is none of the names that --save writes\n", name);
   }
   return unknown;
@@ -2147,15 +2144,13 @@ static void check_names(void) {
   }
 }
 
-static void check_parts(void) {
+static void check_all(void) {
   check_layers();
   checking = "sums";
   if (wanted("sums")) check_sums();
   checking = "optimizers";
   if (wanted("optimizers")) check_optimizers();
-}
-
-static void check_the_rest(void) {
+  if (n_names) return;
   checking = "what follows the layers";
 #ifdef GPU
   check_matmul_rungs();
@@ -2215,8 +2210,7 @@ int main(int argc, char **argv) {
     checking = "--against";
     check_against(asked.against);
   } else {
-    check_parts();
-    if (!n_names) check_the_rest();
+    check_all();
     printf("\nworst relative errors:\n");
     for (int i = 0; i < n_layers; i++)
       if (layers[i]->worst >= 0) printf("  %-16s %.1e\n", layers[i]->name, layers[i]->worst);
@@ -2229,9 +2223,6 @@ int main(int argc, char **argv) {
   if (asked.sign && scanf("%63s", word) == 1) printf("signed %s\n", word);
   return failed > 0;
 }
-#ifndef EMULATED
-static const char *running_kernel(void) { return NULL; }
-#endif
 
 #else   // EMULATED, and this file includes itself for what follows
 // ---- 8. CUDA without a GPU --------------------------------------------------------------------

@@ -15,6 +15,8 @@
 //   backward: the same lines from bottom to top; each computes d loss / d its inputs
 //   update: w -= learning_rate * d, where an optimizer computes d from d loss / d w
 //
+// (Biases, which all but the embedding and the head have, are left out.)
+//
 // Letters: B sequences of T tokens make N = B*T rows; C channels; H attention heads of D = C/H
 // channels; L blocks; V vocabulary entries (256: a token is a byte); O outputs of a linear layer.
 // dx is the gradient of the loss with respect to x, and has the shape of x.
@@ -33,7 +35,6 @@
 //   make run                              trains on the default text, then writes a sample
 //   ./train shakespeare.txt --n_layer 6   any text; ./train --help lists the options
 
-#include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
@@ -63,7 +64,7 @@
 #endif
 typedef REAL real;
 #ifndef LOWER
-#define LOWER "--batch_size, --block_size, --n_embd or --n_layer"   // what takes memory
+#define LOWER "--batch_size, --block_size, --n_embd or --n_layer"   // of what needs memory
 #endif
 #ifndef DEVICE
 #define DEVICE       // marks functions that train_gpu.cu also calls from kernels
@@ -86,9 +87,10 @@ DEVICE static inline Matrix transpose(Matrix m) {
   return t;
 }
 
-// The layer interface. Apart from optimizer_step() in section 4, only these functions compute with
-// tensors, and they exist twice: in this file for the CPU, in train_gpu.cu as CUDA kernels. (Only
-// linear and lm_head do not: they call matmul(), which does.) All other code exists once.
+// The layer interface. Apart from optimizer_step() in section 4, only these functions, and what
+// they are made of (below), compute with tensors. They exist twice: in this file for the CPU, in
+// train_gpu.cu as CUDA kernels. linear and lm_head, which only call matmul(), exist once, as does
+// all other code.
 //
 // The output is the first argument. The forward and the backward pass of a layer take the same
 // arguments, so that backward() is forward() read from bottom to top. A backward pass either sets
@@ -118,9 +120,9 @@ LAYER_INTERFACE(crossentropy, Tensor loss, Tensor correct, Tensor row_lse, Tenso
                 const int *target, int N, int V);
 LAYER_INTERFACE(attention, Tensor out, Tensor lse, Tensor qkv, int B, int T, int C, int H);
 
-// What layers are made of. matmul multiplies an (M,K) by a (K,N) matrix. mode SET: c = a b + bias,
-// where bias may be NULL; ADD: c += a b, and bias is ignored. c.right must be 1, and so must one of
-// the two strides of a, and of b.
+// What layers are made of. matmul multiplies an (M,K) by a (K,N) matrix (the letters of BLAS: here
+// N is not B*T). mode SET: c = a b + bias, where bias may be NULL; ADD: c += a b, and bias is
+// ignored. c.right must be 1, and so must one of the two strides of a, and of b.
 enum { SET, ADD };
 static void matmul(Matrix c, Matrix a, Matrix b, int M, int N, int K, int mode, const real *bias);
 static void add_columns(real *sum, const real *x, int N, int O);   // sum[o] += sum_n x[n,o]
@@ -206,7 +208,9 @@ static double random_normal(uint64_t seed, uint64_t index);
 
 typedef struct { int n_layer, n_head, n_embd, block_size, vocab_size; } Config;   // L H C T V
 
-typedef struct {                       // the parameters of one Transformer block
+// The parameters of one Transformer block, by GPT-2's names: ln is a layernorm, c_attn has Wqkv,
+// attn_proj the Wproj after the attention, c_fc Wfc, mlp_proj the Wproj after gelu.
+typedef struct {
   WeightBias ln_1, c_attn, attn_proj, ln_2, c_fc, mlp_proj;
 } Block;
 
@@ -231,8 +235,9 @@ typedef struct {                       // its activations, in the order in which
 //   qkv         (N,3C)  OWN     QKV
 //   ln_1        (N,C)   OWN     BRANCH     free again: attention_backward has read attn's gradient
 //
-// Outside of the blocks: embedding is OWN, RESIDUAL; x_f is OWN, BRANCH; the gradient of logits,
-// the largest activation, overwrites its data (IN_PLACE).
+// Outside of the blocks: embedding is OWN, RESIDUAL; x_f is OWN, BRANCH; loss is OWN, OWN; the
+// gradient of logits, the largest activation, overwrites its data (IN_PLACE). mean_rstd, lse,
+// row_lse and correct are OWN, NONE.
 // PROJ is read once, by the next residual_forward, so all blocks can share it. The backward pass
 // reads all other data again.
 enum Place {
@@ -250,7 +255,8 @@ typedef struct {
   Tensor *tensor;
   int rows, cols;                      // cols 0: a vector
   double mean, std;                    // of the initial values of a parameter
-  long data_at, grad_at;               // where they begin in the Model's memory
+  long data_at, grad_at;               // where they begin: a parameter in the Model's weights, an
+                                       //   activation in its memory for activations
 } Entry;
 
 typedef struct {
@@ -330,9 +336,8 @@ static void add_activation(Model *m, Tensor *t, int cols, enum Place data, enum 
                            const char *name, int layer) {
   Entry *e = add_entry(&m->activation, &m->n_activations, t, m->max_tokens, cols, name, layer);
   e->data_at = place_activation(m, e, data);
-  if (!m->training) e->grad_at = -1;
-  else if (grad == IN_PLACE && !m->unshared) e->grad_at = e->data_at;
-  else e->grad_at = place_activation(m, e, grad);
+  if (!m->training) grad = NONE;
+  e->grad_at = grad == IN_PLACE && !m->unshared ? e->data_at : place_activation(m, e, grad);
 }
 
 // Lists every tensor of the model. Parameters have the names, shapes and initial values of GPT-2 in
@@ -358,7 +363,7 @@ static void layout(Model *m) {
     add_activation(m, &a->ln_1_mean_rstd, 2, OWN, NONE, "h.%d.ln_1.mean_rstd", l);
     add_activation(m, &a->qkv, 3*C, OWN, QKV, "h.%d.attn.qkv", l);
     add_activation(m, &a->attn, C, OWN, BRANCH, "h.%d.attn.out", l);
-    add_activation(m, &a->lse, H, OWN, NONE, "h.%d.attn.lse", l);
+    add_activation(m, &a->lse, H, OWN, NONE, "h.%d.attn.lse", l);   // in the order (B,H,T)
     add_activation(m, &a->attn_proj, C, PROJ, RESIDUAL, "h.%d.attn.proj", l);
     add_activation(m, &a->x_mid, C, OWN, RESIDUAL, "h.%d.x_mid", l);
     add_activation(m, &a->ln_2, C, OWN, BRANCH, "h.%d.ln_2.out", l);
@@ -377,7 +382,7 @@ static void layout(Model *m) {
   add_activation(m, &m->correct, 0, OWN, NONE, "correct", 0);
 }
 
-// Squared norms and optimizers work on chunks of CHUNK numbers.
+// fill(), squared_norm() and optimizers work on chunks of CHUNK numbers.
 enum { CHUNK = 4096 };
 static long chunks(long n) { return (n + CHUNK - 1) / CHUNK; }
 
@@ -518,8 +523,8 @@ static double model_flop(const Model *m, double N, double T) {
 // which adds it to the gradient, or DECOUPLED (Loshchilov and Hutter 2019); and a formula for the
 // step d that is subtracted from a weight with gradient g: w -= learning_rate * d. m and v are its
 // state, two numbers for each weight, initially 0. A new row adds an optimizer everywhere:
-// OPTIMIZERS(X) writes X(sgd, 1e-1, ..) X(momentum, 1e-2, ..) and so on, for any macro X. With NAME
-// that becomes an enum, with TABLE_ROW a table, with CASE and LOOP the cases of a switch.
+// OPTIMIZERS(ROW) writes ROW(sgd, 1e-1, ..) ROW(momentum, 1e-2, ..) and so on, for any macro ROW.
+// With NAME that becomes an enum, with TABLE_ROW a table, with CASE and LOOP the cases of a switch.
 #define OPTIMIZERS(ROW)                                                                            \
   ROW(sgd,      1e-1, COUPLED,   d = g)                                  /* Robbins, Monro 1951 */ \
   ROW(momentum, 1e-2, COUPLED,   m = beta1*m + g;  d = m)                /* Polyak 1964 */         \
@@ -550,7 +555,8 @@ static int optimizer_named(const char *name) {
 typedef struct {
   int kind;                            // sgd, momentum, ...
   real learning_rate, beta1, beta2, weight_decay, grad_clip;
-  real m_correction, v_correction;     // Adam's bias correction, 1 / (1 - beta^update)
+  real m_correction, v_correction;     // Adam's bias correction, 1 / (1 - beta^update), with beta1
+                                       //   and beta2
 } OptimizerConfig;
 
 // Moves one weight. Where `kind` is a constant, the compiler keeps only the code of its row.
@@ -609,7 +615,8 @@ static struct {
   double learning_rate, min_lr, weight_decay, beta1, beta2, grad_clip;
 } opt;
 
-// The loss in nats per token, and the fraction of the tokens whose target had the largest logit.
+// The loss in nats per token (the logarithm is natural), and the fraction of the tokens whose
+// target had the largest logit.
 typedef struct { double loss, accuracy; } Evaluation;
 
 typedef struct {                       // a model in training, and how far it has come
@@ -644,7 +651,7 @@ static volatile sig_atomic_t interrupted;              // by Ctrl-C
 // counts micro-batches, not updates, so that both trainers have the same rate at the same token.
 static double learning_rate(const Trainer *t) {
   double step = (double)t->updates * (n_trainers == 2 ? t->accumulate : 1);
-  double low = MIN(opt.min_lr, opt.learning_rate);
+  double low = MIN(opt.min_lr, opt.learning_rate);   // a rate below min_lr stays as it is
   if (step < opt.warmup) return opt.learning_rate * (step + 1) / (opt.warmup + 1);
   if (step >= opt.max_steps) return low;
   double done = (step - opt.warmup) / (opt.max_steps - opt.warmup);
@@ -679,8 +686,8 @@ static void apply_gradients(void *argument) {
 // The loss that is differentiated is a sum over all tokens of the update, times 1 / (their number).
 // The derivative of a sum is the sum of the derivatives, so the added gradients equal the gradient
 // of one batch that is `accumulate` times as large. The factor is dloss, with which backward()
-// starts. Cross-entropy cannot take the mean itself: it sees one micro-batch, and a mean of the
-// means of unequal micro-batches is not the mean over all tokens.
+// starts. Cross-entropy cannot take the mean itself: it sees one micro-batch, and does not know how
+// many tokens the update has.
 static void update(Trainer *t) {
   Model *m = &t->model;
   int B = opt.batch_size, T = opt.config.block_size;
@@ -693,8 +700,8 @@ static void update(Trainer *t) {
     load_micro_batch(m, t->updates * t->accumulate + k);
     launch_recorded(run_micro_batch, &batch, sizeof batch);
   }
-  t->config = optimizer_config(t);     // with another learning rate each time: not to be recorded
-  launch(apply_gradients, t);
+  t->config = optimizer_config(t);     // has another learning rate each time: so what follows is
+  launch(apply_gradients, t);          //   launched, not recorded
   copy_out(&sums, m->sums, sizeof sums);   // waits until a GPU has finished
   t->updates++;
   t->tokens += (long)tokens;
@@ -710,8 +717,9 @@ static void update(Trainer *t) {
 }
 
 // The training loop. It evaluates before the first update; every --eval_interval updates and after
-// the last one it evaluates and saves (with 0 it only saves, at the end); and it saves when Ctrl-C
-// stops it. Returns the exit code of the program.
+// the last one it evaluates and saves; and it saves when Ctrl-C stops it. With --eval_interval 0 it
+// only saves, at the end (but --compare still evaluates first and last). Returns the exit code of
+// the program.
 static int train(void) {
   Trainer *t = &trainer[0];
   int every = opt.eval_interval;
@@ -877,8 +885,9 @@ static void layernorm_forward(Tensor out, Tensor mean_rstd, Tensor x, WeightBias
 }
 
 static void layernorm_backward(Tensor out, Tensor mean_rstd, Tensor x, WeightBias p, int N, int C) {
-  // g[n,c] = dout[n,c] w[c]; dx[n,c] += rstd (g - avg_c(g) - xhat avg_c(g xhat)). Shifting or
-  // scaling a row of x does not change out, so dx has no component in these two directions.
+  // g[n,c] = dout[n,c] w[c]; dx[n,c] += rstd (g - avg_c(g) - xhat avg_c(g xhat)), where avg_c
+  // is the mean over c. Shifting or scaling a row of x does not change out, so dx has no component
+  // in these two directions.
   parallel_for (n, N) {
     const real *x_n = x.data + n*C, *dout_n = out.grad + n*C, *w = p.weight.data;
     real *dx_n = x.grad + n*C, mean = mean_rstd.data[2*n], rstd = mean_rstd.data[2*n + 1];
@@ -1740,7 +1749,7 @@ typedef struct {
 extern Option train_options[];
 #define JSON_SPACE " \t\r\n"
 #define for_sizes(o) for (Option *o = train_options; o->name; o++) if (o->json)
-static const char *option_text(const Option *o, char *buffer);   // its value, as it would be typed
+static const char *option_text(const Option *o);   // its value, as it would be typed
 
 static const char *path_of(const char *folder, const char *name) {   // valid until the next call
   static char path[4096];
@@ -1809,21 +1818,14 @@ static void open_folder(void) {
 
 typedef struct { const char *prefix, *name; int rows, cols; const real *data; } NamedTensor;
 
-__attribute__((noreturn))
-static void not_finite(const NamedTensor *t) {
-  unlink(output.temporary);
-  die("%s%s has inf or nan: the last checkpoint is kept; lower --learning_rate", t->prefix,
-      t->name);
-}
-
 // Writes tensors that are on the device (cols 0: a vector). write_metadata, or NULL, writes
 // ,"key":"value" for each of its entries.
 static void write_safetensors(const char *folder, const char *file_name, const NamedTensor *list,
                               int n, void (*write_metadata)(FILE *)) {
   FILE *f = output_open(folder, file_name);
   long at = 0, bytes = 0;
-  unsigned char length[8] = {0};
-  output_write(length, 8);                                // filled in at the end
+  uint64_t header = 0;
+  output_write(&header, 8);                               // filled in at the end
   fprintf(f, "{\"__metadata__\":{\"format\":\"pt\"");
   if (write_metadata) write_metadata(f);
   fprintf(f, "}");
@@ -1836,19 +1838,22 @@ static void write_safetensors(const char *folder, const char *file_name, const N
   }
   fprintf(f, "}");
   while (ftell(f) % 8) fprintf(f, " ");                   // so that the numbers are aligned
-  uint64_t header = ftell(f) - 8;
+  header = ftell(f) - 8;
   for (const NamedTensor *t = list; t < list + n; t++) {
     bytes = (long)t->rows * MAX(t->cols, 1) * sizeof(real);
     real *numbers = (real *)host_alloc(NULL, bytes);
     copy_out(numbers, t->data, bytes);
     for (long i = 0; i < bytes / (long)sizeof(real); i++)
-      if (!isfinite(numbers[i])) not_finite(t);  // the last update may have diverged
+      if (!isfinite(numbers[i])) {               // the last update may have diverged
+        unlink(output.temporary);
+        die("%s%s has inf or nan: the last checkpoint is kept; lower --learning_rate", t->prefix,
+            t->name);
+      }
     output_write(numbers, bytes);
     free(numbers);
   }
-  for (int i = 0; i < 8; i++) length[i] = (unsigned char)(header >> 8*i);
   if (fseek(f, 0, SEEK_SET)) output_failed();
-  output_write(length, 8);
+  output_write(&header, 8);
   output_close();
 }
 
@@ -1966,15 +1971,13 @@ static void check_offsets(const Safetensors *st) {
 static Safetensors safetensors_open(const char *folder, const char *name) {
   Safetensors st;
   struct stat info;
-  unsigned char length[8] = {0};
   uint64_t size = 0;
   strcpy(st.path, path_of(folder, name));
   st.next = NULL;
   st.file = fopen(st.path, "rb");
   if (!st.file || fstat(fileno(st.file), &info)) die("%s: %s", st.path, strerror(errno));
-  if (!S_ISREG(info.st_mode) || fread(length, 1, 8, st.file) != 8)
+  if (!S_ISREG(info.st_mode) || fread(&size, 1, 8, st.file) != 8)
     die("%s is truncated, or not a file", st.path);
-  for (int i = 0; i < 8; i++) size |= (uint64_t)length[i] << 8*i;
   if (size > 100000000 || (long)size > (long)info.st_size - 8)
     die("%s: its header should have %llu bytes, the file has %ld: truncated, or not safetensors?",
         st.path, (unsigned long long)size, (long)info.st_size);
@@ -2066,23 +2069,24 @@ static void read_numbers(const StoredTensor *t, real *x, long n) {
   if (failed) die("%s cannot be read: %s", st->path, strerror(errno));
 }
 
-// Reads a parameter to the device; with device NULL only checks that it is there in its shape. Of
-// a longer wpe the first positions are taken.
-static void read_parameter(const Safetensors *st, const char *prefix, const Entry *e,
-                           real *device) {
-  StoredTensor t;
-  if (!find_tensor(st, prefix, e->name, &t))
-    die("%s has no tensor %s%s: is it a GPT-2?", st->path, prefix, e->name);
-  int longer = !strcmp(e->name, "wpe.weight") && t.shape[0] > e->rows;
-  if (t.dims != (e->cols ? 2 : 1) || (t.shape[0] != e->rows && !longer) ||
-      (e->cols && t.shape[1] != e->cols))
-    die("%s: %s has the shape [%ld,%ld], expected [%d,%d] (0: no such dimension)", st->path,
-        e->name, t.shape[0], t.shape[1], e->rows, e->cols);
-  if (!device) return;
-  real *x = (real *)host_alloc(NULL, entry_count(e) * sizeof(real));
-  read_numbers(&t, x, entry_count(e));
-  copy_in(device, x, entry_count(e) * sizeof(real));
-  free(x);
+// Reads all parameters of a model to base, which is laid out like m->weights; with base NULL only
+// checks that they are there in their shapes. Of a longer wpe the first positions are taken.
+static void read_parameters(const Model *m, const Safetensors *st, const char *prefix, real *base) {
+  for (const Entry *e = m->parameter; e < m->parameter + m->n_parameters; e++) {
+    StoredTensor t;
+    if (!find_tensor(st, prefix, e->name, &t))
+      die("%s has no tensor %s%s: is it a GPT-2?", st->path, prefix, e->name);
+    int longer = !strcmp(e->name, "wpe.weight") && t.shape[0] > e->rows;
+    if (t.dims != (e->cols ? 2 : 1) || (t.shape[0] != e->rows && !longer) ||
+        (e->cols && t.shape[1] != e->cols))
+      die("%s: %s has the shape [%ld,%ld], expected [%d,%d] (0: no such dimension)", st->path,
+          e->name, t.shape[0], t.shape[1], e->rows, e->cols);
+    if (!base) continue;
+    real *x = (real *)host_alloc(NULL, entry_count(e) * sizeof(real));
+    read_numbers(&t, x, entry_count(e));
+    copy_in(base + e->data_at, x, entry_count(e) * sizeof(real));
+    free(x);
+  }
 }
 
 // ---- The folder of a model
@@ -2146,14 +2150,12 @@ static void write_string(FILE *f, const char *key, const char *value) {   // ,"k
 }
 
 static void write_sizes(FILE *f) {
-  char value[32];
-  for_sizes (o) write_string(f, o->name, option_text(o, value));
+  for_sizes (o) write_string(f, o->name, option_text(o));
 }
 
 static void write_state(FILE *f) {   // all that --resume needs besides the tensors
-  char value[80];
   for (Option *o = train_options; o->name; o++)
-    if (o->saved) write_string(f, o->name, option_text(o, value));
+    if (o->saved) write_string(f, o->name, option_text(o));
   write_string(f, "text", text.path);
   fprintf(f, ",\"step\":\"%ld\",\"tokens\":\"%ld\",\"text_hash\":\"%016llx\"", trainer[0].updates,
           trainer[0].tokens, (unsigned long long)text.hash);
@@ -2230,7 +2232,7 @@ static void write_if_changed(const char *name, void (*write)(FILE *)) {
   free(old);
 }
 
-// Writes the files that Hugging Face's library opens; the state has been written before.
+// Writes the files that Hugging Face's library opens.
 static void save_model(const Trainer *t) {
   write_if_changed("config.json", write_config);
   if (opt.config.vocab_size == 256) {            // else tokens are not, or not only, bytes
@@ -2238,17 +2240,6 @@ static void save_model(const Trainer *t) {
     write_if_changed("tokenizer_config.json", write_tokenizer_config);
   }
   write_parts(t, "model.safetensors", 1, write_sizes);
-}
-
-static void save(const Trainer *t) {
-  write_parts(t, "state.safetensors", 3, write_state);
-  save_model(t);
-}
-
-// Checks, with base NULL, or reads all parameters of a model. base is laid out like m->weights.
-static void read_parameters(const Model *m, const Safetensors *st, const char *prefix, real *base) {
-  for (Entry *e = m->parameter; e < m->parameter + m->n_parameters; e++)
-    read_parameter(st, prefix, e, base ? base + e->data_at : NULL);
 }
 
 // Allocates a model that model_layout() has described, and reads its weights. The files of the
@@ -2612,7 +2603,10 @@ static void on_signal(int number) {
 static void save_run(void) {
   write_log();
   write_plot();
-  if (!opt.compare) save(&trainer[0]);
+  if (!opt.compare) {
+    write_parts(&trainer[0], "state.safetensors", 3, write_state);
+    save_model(&trainer[0]);
+  }
   trainer[0].saved_update = trainer[0].updates;
 }
 
@@ -2714,11 +2708,12 @@ static void set_option(Option *o, const char *value) {
   else *(double *)o->value = x;
 }
 
-static const char *option_text(const Option *o, char *buffer) {   // as it would be typed; 32 bytes
+static const char *option_text(const Option *o) {   // valid until the next call
+  static char number[32];
   if (o->kind == TEXT) return *(const char **)o->value;
-  if (o->kind == NUMBER) snprintf(buffer, 32, "%.17g", *(double *)o->value);
-  else snprintf(buffer, 32, "%d", *(int *)o->value);
-  return buffer;
+  if (o->kind == NUMBER) snprintf(number, sizeof number, "%.17g", *(double *)o->value);
+  else snprintf(number, sizeof number, "%d", *(int *)o->value);
+  return number;
 }
 
 static Option *option_of(void *value) {          // the row of ./train's table with this field
@@ -2781,10 +2776,10 @@ static const char *copy_of(const char *s) {
 
 // --resume: the saved options hold unless they are given again; sizes and optimizer cannot change.
 static void read_options(const Safetensors *st) {
-  char value[4096], buffer[32];
+  char value[4096];
   for (Option *o = train_options; o->name; o++) {
     if (!o->saved || !metadata(st, o->name, value)) continue;
-    const char *now = option_text(o, buffer);
+    const char *now = option_text(o);
     if (o->given && o->saved == FIXED && strcmp(now, value))
       die("--resume with --%s %s, but %s has %s: leave the option out, or start anew without "
           "--resume", o->name, now, st->path, value);
