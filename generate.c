@@ -606,7 +606,7 @@ static void bench(Writer *w) {
   Model *m = &w->model;
   int T = MIN(m->config.block_size, 128);
   double bytes = (double)m->n_weights * sizeof(real), took[2][100*TURN];
-  unsigned char byte[BENCH_ROWS] = "\n";
+  unsigned char byte[BENCH_ROWS] = {0};
   printf("%.2f M parameters, %.1f MB of weights, threads %d\n", m->count / 1e6, bytes / 1e6,
          n_threads);
   for (int rows = 1; rows <= w->max_rows; rows *= 2) {

@@ -1702,7 +1702,7 @@ static void load_micro_batch(Model *m, long index) {
 }
 
 // The mean loss over all consecutive windows in bytes begin..end-1. A last window that is not full
-// is dropped; there must be one that is.
+// is dropped; there must be one that is. Worthless if it is interrupted.
 static Evaluation evaluate(Model *m, long begin, long end) {
   int T = opt.config.block_size, at_once = m->max_tokens / T;
   long windows = (end - begin - 1) / T, *start = (long *)host_alloc(NULL, at_once * sizeof(long));
@@ -1710,7 +1710,7 @@ static Evaluation evaluate(Model *m, long begin, long end) {
   LossSums sums = {0, 0, 0};
   double started = seconds(), tokens = (double)windows * T;
   copy_in(m->sums, &sums, sizeof sums);
-  for (long w = 0; w < windows; w += batch.B) {
+  for (long w = 0; w < windows && !interrupted; w += batch.B) {
     batch.B = (int)MIN(at_once, windows - w);
     for (int b = 0; b < batch.B; b++) start[b] = begin + (w + b) * T;
     load_windows(m, text.byte, start, batch.B, T);
@@ -1769,12 +1769,20 @@ static void output_failed(void) {
   die("%s cannot be written: %s", output.path, strerror(error));
 }
 
-static FILE *output_open(const char *folder, const char *name) {   // folder may be NULL
-  struct stat info;
-  output.file = NULL;
+// What a file would replace must be a regular file, and not the text; folder may be NULL.
+static void output_check(const char *folder, const char *name) {
+  struct stat info, other;
   snprintf(output.path, sizeof output.path, "%s", path_of(folder, name));
-  if (!stat(output.path, &info) && !S_ISREG(info.st_mode))
-    die("%s cannot be written: it is not a regular file", output.path);
+  if (lstat(output.path, &info)) return;
+  if (!S_ISREG(info.st_mode)) die("%s cannot be written: it is not a regular file", output.path);
+  if (text.path && !stat(text.path, &other) && info.st_dev == other.st_dev &&
+      info.st_ino == other.st_ino)
+    die("%s is the text, and would be overwritten: use another --out", output.path);
+}
+
+static FILE *output_open(const char *folder, const char *name) {
+  output.file = NULL;
+  output_check(folder, name);
   snprintf(output.temporary, sizeof output.temporary, "%s.tmp", output.path);
   unlink(output.temporary);                               // of a run that was killed
   int fd = open(output.temporary, O_WRONLY | O_CREAT | O_EXCL, 0666);   // follows no link
@@ -1792,8 +1800,12 @@ static void output_close(void) {
   if (fclose(output.file) || rename(output.temporary, output.path)) output_failed();
 }
 
-// Makes --out and the folders above it, and locks it until the program ends.
+// Makes --out and the folders above it, locks it until the program ends, and finds out now, not
+// after hours, whether it can be written in.
 static void open_folder(void) {
+  static const char *const names[] = {"log.csv", "loss.svg", "state.safetensors",
+                                      "model.safetensors", "config.json", "tokenizer.json",
+                                      "tokenizer_config.json"};
   char path[4096];
   struct flock lock;
   if (!*opt.out) die("--out needs the name of a folder");
@@ -1811,6 +1823,10 @@ static void open_folder(void) {
   if (fcntl(fd, F_SETLK, &lock) && !fcntl(fd, F_GETLK, &lock) && lock.l_type != F_UNLCK)
     die("--out %s: process %ld is training there: wait until it ends, or use another folder",
         opt.out, (long)lock.l_pid);
+  if (access(opt.out, W_OK)) die("--out %s cannot be written in: %s", opt.out, strerror(errno));
+  for (size_t i = 0; i < sizeof names / sizeof *names; i++) output_check(opt.out, names[i]);
+  if (opt.compare && !access(path_of(opt.out, "state.safetensors"), F_OK))
+    die("--out %s has the log and the plot of a run: use another --out for --compare", opt.out);
 }
 
 // safetensors: 8 bytes with the length of the header, little-endian; the header, JSON; the numbers:
@@ -1974,10 +1990,11 @@ static Safetensors safetensors_open(const char *folder, const char *name) {
   uint64_t size = 0;
   strcpy(st.path, path_of(folder, name));
   st.next = NULL;
-  st.file = fopen(st.path, "rb");
-  if (!st.file || fstat(fileno(st.file), &info)) die("%s: %s", st.path, strerror(errno));
-  if (!S_ISREG(info.st_mode) || fread(&size, 1, 8, st.file) != 8)
-    die("%s is truncated, or not a file", st.path);
+  if (stat(st.path, &info)) die("%s: %s", st.path, strerror(errno));
+  if (!S_ISREG(info.st_mode)) die("%s is not a file", st.path);   // to open a pipe would wait
+  if (!(st.file = fopen(st.path, "rb"))) die("%s: %s", st.path, strerror(errno));
+  if (fread(&size, 1, 8, st.file) != 8)
+    die("%s is truncated", st.path);
   if (size > 100000000 || (long)size > (long)info.st_size - 8)
     die("%s: its header should have %llu bytes, the file has %ld: truncated, or not safetensors?",
         st.path, (unsigned long long)size, (long)info.st_size);
@@ -2242,6 +2259,20 @@ static void save_model(const Trainer *t) {
   write_parts(t, "model.safetensors", 1, write_sizes);
 }
 
+// A file may also have the weight of the head: it must be wte, as the head has no other here.
+static void check_tied(const Model *m, const StoredTensor *head) {
+  const Entry *wte = &m->parameter[0];
+  long n = entry_count(wte);
+  real *x = (real *)host_alloc(NULL, 2*n * sizeof(real));
+  int same = head->dims == 2 && head->shape[0] == wte->rows && head->shape[1] == wte->cols;
+  if (same) read_numbers(head, x, n);
+  copy_out(x + n, wte->tensor->data, n * sizeof(real));
+  if (!same || memcmp(x, x + n, n * sizeof(real)))
+    die("%s: lm_head.weight is not equal to wte.weight, but this program supports only a head that "
+        "is tied to wte", head->st->path);
+  free(x);
+}
+
 // Allocates a model that model_layout() has described, and reads its weights. The files of the
 // Hugging Face hub have no prefix, and masks besides the weights, which are ignored.
 static void model_load(Model *m, const char *folder) {
@@ -2260,6 +2291,7 @@ static void model_load(Model *m, const char *folder) {
   read_parameters(m, &st, prefix, NULL);
   model_allocate(m);
   read_parameters(m, &st, prefix, m->weights.data);
+  if (find_tensor(&st, "", "lm_head.weight", &t)) check_tied(m, &t);
   safetensors_close(&st);
 }
 
@@ -2347,7 +2379,7 @@ static void read_log(Trainer *t) {
       x[n++] = strchr(",\n", p[1]) ? NAN : strtod(p + 1, NULL);
     if (n < N_COLUMNS || !(x[UPDATE] >= 0 && x[UPDATE] <= t->updates)) continue;
     memcpy(add_log_row(t)->x, x, sizeof x);
-    t->seconds = x[SECONDS];
+    if (isfinite(x[SECONDS])) t->seconds = x[SECONDS];
     t->loss = x[TRAIN_LOSS];
   }
   if (file) fclose(file);
@@ -2612,7 +2644,9 @@ static void save_run(void) {
 
 static void evaluate_and_save(void) {
   for (Trainer *t = trainer; t < trainer + n_trainers; t++) {
-    t->val = evaluate(&t->model, text.train_size, text.size);
+    Evaluation val = evaluate(&t->model, text.train_size, text.size);
+    if (interrupted) return;                     // train() will save
+    t->val = val;
     if (!isfinite(t->val.loss))
       die("step %ld: the validation loss is %g: the last checkpoint is kept; lower "
           "--learning_rate", t->updates, t->val.loss);
@@ -2627,11 +2661,11 @@ static void evaluate_and_save(void) {
 
 static int finish_training(void) {
   Trainer *t = &trainer[0];
-  if (t->updates != t->saved_update || !t->updates) save_run();
+  if (t->updates != t->saved_update || (!t->updates && !interrupted)) save_run();
   show(NULL);
   if (interrupted && t->updates < opt.max_steps) {
     printf("\nstopped after step %ld%s\n", t->updates,
-           opt.compare ? "" : ", which is saved: continue with --resume");
+           opt.compare || !t->updates ? "" : ", which is saved: continue with --resume");
     return 130;
   }
   if (opt.compare) {
@@ -2747,6 +2781,9 @@ static void print_help(const Option *table, const char *usage) {
 static int parse_options(Option *table, int argc, char **argv, const char *usage,
                          const char **words, int capacity) {
   int n = 0;
+  signal(SIGXFSZ, SIG_IGN);            // the write to a file that may not grow fails, and says so
+  for (int fd = 0; fd < 3; fd++)       // else a file would be opened as standard output
+    if (fcntl(fd, F_GETFD) < 0) open("/dev/null", O_RDONLY);
   for (Option *o = table; o->name; o++)
     if (o->initial) set_option(o, o->initial);
   for (int i = 1; i < argc; i++) {
@@ -2862,7 +2899,6 @@ int main(int argc, char **argv) {
   Safetensors state;
   opt.threads = (int)MAX(1, MIN(1024, sysconf(_SC_NPROCESSORS_ONLN)));
   parse_options(train_options, argc, argv, USAGE, &opt.text, 1);
-  signal(SIGXFSZ, SIG_IGN);                      // then the write fails, and says so
   if (opt.resume) {
     if (!access(opt.out, F_OK)) open_folder();   // locked before its state is read
     state = safetensors_open(opt.out, "state.safetensors");
@@ -2884,6 +2920,7 @@ int main(int argc, char **argv) {
   if (!opt.resume) open_folder();
   signal(SIGINT, on_signal);
   signal(SIGTERM, on_signal);
+  if (signal(SIGHUP, on_signal) == SIG_IGN) signal(SIGHUP, SIG_IGN);   // under nohup
   open_trainers(opt.resume ? &state : NULL);
   return finish(train());
 }

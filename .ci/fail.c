@@ -38,7 +38,7 @@ WRAP(int, unlink, -1, (const char *path), (path))
 WRAP(int, mkdir, -1, (const char *path, mode_t mode), (path, mode))
 WRAP(int, access, -1, (const char *path, int mode), (path, mode))
 WRAP(int, stat, -1, (const char *path, struct stat *s), (path, s))
-WRAP(int, fstat, -1, (int fd, struct stat *s), (fd, s))
+WRAP(int, lstat, -1, (const char *path, struct stat *s), (path, s))
 WRAP(int, posix_memalign, ENOMEM, (void **p, size_t align, size_t n), (p, align, n))
 
 size_t fwrite(const void *p, size_t size, size_t n, FILE *f) {

@@ -117,6 +117,17 @@ survives_interrupt() {   # SIGNAL
 }
 check "SIGINT finishes the step, saves, exits 130; resumed: bit for bit" survives_interrupt INT
 check "SIGTERM likewise" survives_interrupt TERM
+check "SIGHUP likewise" survives_interrupt HUP
+
+interrupt_evaluation() {   # the first, of 20 seconds: what was in the folder stays
+  go --out early --max_steps 4 && cp -r early early_kept || return 1
+  head -c 30000000 /dev/zero >long_text
+  "$train" long_text $small --out early >begun & pid=$!
+  tries=100; until grep -q ^device begun || [ $tries = 0 ]; do sleep 0.1; tries=$((tries - 1)); done
+  kill -INT $pid; before=$(date +%s); wait $pid
+  [ $? = 130 ] && [ $(($(date +%s) - before)) -lt 5 ] && diff -r early early_kept
+}
+check "SIGINT in an evaluation: it ends at once, and what was there stays" interrupt_evaluation
 
 second_interrupt() {
   "$train" text $small --out second --accumulate 1000000 --eval_interval 0 >started & pid=$!
@@ -306,6 +317,11 @@ bad_folders() {
   for out in text/x /proc/x /dev/null/x text; do
     refuses out text $small --out $out || return 1
   done
+  mkdir -p taken/log.csv own pipe && cp text own/log.csv && cp run/config.json pipe || return 1
+  refuses 'log.csv cannot be written' text $small --out taken && [ ! -s out.txt ] &&
+    refuses 'is the text' own/log.csv $small --out own && cmp text own/log.csv &&
+    mkfifo pipe/model.safetensors && refuses 'not a file' last --eval --out pipe &&
+    refuses 'use another --out' text $small --compare 2 --out run || return 1
   mkdir locked && chmod 555 locked || return 1
   [ "$(id -u)" = 0 ] || refuses 'out locked' text $small --out locked
 }
@@ -339,6 +355,13 @@ check "refuses politely when memory cannot be had (ulimit -v)" little_memory
 
 go --out run --max_steps 60 --eval_interval 20 >/dev/null
 rm -rf kept; cp -r run kept
+no_stdout() {   # nor must the next file that is opened become it
+  "$train" text $small --max_steps 2 --out shut 2>err.txt >&-
+  [ $? = 1 ] && grep 'standard output' err.txt && [ ! -s shut/.lock ] || return 1
+  said=$(ulimit -f 0; "$train" --help 2>&1 >help.txt; echo "code $?")
+  echo "$said" | grep 'standard output' && [ "${said##*code }" = 1 ]
+}
+check "no standard output, or one that may not grow: one line, exit code 1" no_stdout
 full_by_limit() {   # files may have so many blocks of 512 bytes; the signal is ignored: write fails
   for blocks in 0 1 2 8 20 26; do
     said=$(trap '' XFSZ; ulimit -f $blocks
@@ -404,7 +427,7 @@ same_model() {
   rm -rf base base_end
   go --max_steps 10 --eval_interval 5 $flat --out base && cp -r base base_end &&
     go --resume --max_steps 20 --out base_end || return 1
-  failing "fopen fdopen fwrite fread fflush fclose fseek fsync rename unlink mkdir access stat fstat
+  failing "fopen fdopen fwrite fread fflush fclose fseek fsync rename unlink mkdir access stat lstat
            posix_memalign open calloc realloc" --resume --max_steps 20
 }
 other_model() {   # over a model of another shape: the old, the new, or none; never a mixture
@@ -509,6 +532,18 @@ hub() {   # no prefix, and a mask that is no parameter
   go --init run --out hub3 --max_steps 4 --eval_interval 2 &&
     cmp hub2/model.safetensors hub3/model.safetensors
 }
+tied() {   # the weight of the head as well: equal to wte, which comes first, or not
+  rm -rf head; mkdir head && cp run/config.json head || return 1
+  end=$(numbers run/model.safetensors | wc -c)
+  head='"lm_head.weight":{"dtype":"F32","shape":[256,8],"data_offsets":'"[$end,$((end + 8192))]}"
+  edit run/model.safetensors head/model.safetensors "s/} *\$/,$head}   /" &&
+    cp head/model.safetensors head/start &&
+    numbers run/model.safetensors | head -c 8192 >>head/model.safetensors || return 1
+  "$train" last --eval --out head | cmp - eval.txt || return 1
+  head -c 8192 /dev/zero | cat head/start - >head/model.safetensors
+  refuses 'lm_head.weight is not equal' last --eval --out head
+}
+check "a second copy of wte as lm_head.weight opens, a head of its own does not" tied
 check "the hub's layout, without prefix and with masks, opens by --eval and --init" hub
 halves() {   # DTYPE: the header of half as many bytes
   safetensors "$(header run/model.safetensors | sed "s/F32/$1/g" | awk '{
@@ -742,7 +777,7 @@ if [ "${SANITIZE:-yes}" = yes ]; then
     train=$tmp/asan
     asan_run() {
       go --max_steps 12 --eval_interval 4 --accumulate 2 --threads 3 --out asan1 || return 1
-      go --max_steps 16 --resume --out asan1 && go --compare 2 --max_steps 6 --out asan1 &&
+      go --max_steps 16 --resume --out asan1 && go --compare 2 --max_steps 6 --out asan_compare &&
       go --n_embd 20 --n_head 2 --block_size 70 --batch_size 3 --max_steps 2 --out asan1 &&
       go --n_layer 8 --max_steps 1 --out asan8 &&
       go --n_layer 8 --max_steps 2 --out asan8 --resume   # 300 tensors
