@@ -114,7 +114,7 @@ score_is_compare() {   # ROW OPTION: text and loss of one of both, also after th
 }
 check "--score of greedy's text is its loss in --compare" score_is_compare greedy --greedy
 check "--score of a beam's text is its loss in --compare" score_is_compare "beam search" "--beam 5"
-check "--compare has a verdict" shows "times as likely\|both are as likely" go --compare --prompt a
+check "--compare has a verdict" shows "times as likely\|equally likely" go --compare --prompt a
 explained() {
   go --prompt Once --explain --greedy --tokens 30 >out || return 1
   [ "$(grep -c '%<' out)" = 30 ] || { cat out; return 1; }

@@ -174,7 +174,7 @@ check "log.csv: 11 fields, all updates in order, each with its numbers" awk -F, 
   NF != 11 { print "line", NR, "has", NF, "fields"; exit bad = 1 }
   NR == 1 { if ($1 $2 != "trainerupdate") exit bad = 1; next }
   $2 != NR - 2 || $3 != $2 * 16 { print "line", NR; exit bad = 1 }
-  NR > 2 && !($4 > 0 && $5 >= 0 && $6 > 0 && $7 > 0) { print "line", NR; exit bad = 1 }
+  NR > 2 && !($4 > 0 && $5 >= 0 && $5 <= 1 && $9 <= 1 && $6 > 0 && $7 > 0) { print "line", NR; exit bad = 1 }
   ($8 > 0) != ($2 % 20 == 0) { print "val in line", NR; exit bad = 1 }
   END { exit bad || NR != 62 }' run/log.csv
 well_formed() {   # every tag closes itself, or the one opened last
@@ -208,6 +208,10 @@ compares() {
     [ "$(grep -c ^single-step, compare/log.csv)" = 19 ] && [ "$(grep -c ^multi-step, compare/log.csv)" = 7 ] &&
     go --compare 3 --max_steps 20 --eval_interval 7 --out compare7 >/dev/null || return 1
   # where one is evaluated, so is the other, and both have seen as many tokens
+  last=$(awk -F, '$8 != "" { val[$1] = $8 } END { printf "single-step %.4f, multi-step %.4f, %s",
+    val["single-step"], val["multi-step"],
+    val["single-step"] < val["multi-step"] ? "single-step" : "multi-step" }' compare/log.csv)
+  grep -F "at equal tokens (288 each): $last ahead" compare.txt || return 1
   for one in single multi; do
     awk -F, -v one=$one-step '$1 == one && $8 != "" { print $3 }' compare7/log.csv >$one.tokens
   done
@@ -253,9 +257,9 @@ names() {
 check "a path with spaces, quotes and a backslash, found again by --resume" names
 for optimizer in sgd momentum adagrad adadelta rmsprop adam adamw; do
   check "--optimizer $optimizer, stopped and resumed: bit for bit" eval "
-    go --optimizer $optimizer --max_steps 8 --eval_interval 4 $flat --out o1 &&
-    go --optimizer $optimizer --max_steps 4 --eval_interval 4 $flat --out o2 &&
-    go --max_steps 8 --resume --out o2 && same o1 o2 && rm -rf o1 o2"
+    go --optimizer $optimizer --max_steps 8 --eval_interval 4 $flat --n_embd 24 --out o1 &&
+    go --optimizer $optimizer --max_steps 4 --eval_interval 4 $flat --n_embd 24 --out o2 &&
+    go --max_steps 8 --resume --out o2 --n_embd 24 && same o1 o2 && rm -rf o1 o2"
 done
 
 # ---- Bad input: one line on stderr, a non-zero exit code, nothing half written
@@ -456,13 +460,15 @@ fi
 
 moments() {   # momentum uses m only, rmsprop v only
   zeros() {   # FOLDER PREFIX
-    set -- "$1/state.safetensors" $(range_of "$1/state.safetensors" "$2.h.0.mlp.c_fc.weight")
+    set -- "$1/state.safetensors" $(range_of "$1/state.safetensors" "$2.h.0.mlp.c_fc.$part")
     [ -z "$(head -c "$3" "$1" | tail -c +"$2" | tr -d '\000' | head -c 1)" ]
   }
   for optimizer in momentum rmsprop; do
     go --optimizer $optimizer --max_steps 3 --eval_interval 0 --out $optimizer || return 1
   done
-  zeros momentum v && ! zeros momentum m && zeros rmsprop m && ! zeros rmsprop v
+  for part in weight bias; do
+    zeros momentum v && ! zeros momentum m && zeros rmsprop m && ! zeros rmsprop v || return 1
+  done
 }
 check "state.safetensors has m and v under their names" moments
 least_rate() {   # of the cosine: a tenth of --learning_rate, whatever the optimizer's own is
@@ -532,6 +538,12 @@ hub() {   # no prefix, and a mask that is no parameter
   go --init run --out hub3 --max_steps 4 --eval_interval 2 &&
     cmp hub2/model.safetensors hub3/model.safetensors
 }
+gpt2_names() {
+  for tensor in wte wpe h.0.ln_1 h.0.attn.c_attn h.0.attn.c_proj h.0.ln_2 h.0.mlp.c_fc h.0.mlp.c_proj ln_f; do
+    header run/model.safetensors | grep -F "\"transformer.$tensor.weight\"" >names.txt || return 1
+  done
+}
+check "the tensors have the names of GPT-2" gpt2_names
 tied() {   # the weight of the head as well: equal to wte, which comes first, or not
   rm -rf head; mkdir head && cp run/config.json head || return 1
   end=$(numbers run/model.safetensors | wc -c)
