@@ -1825,8 +1825,6 @@ static void open_folder(void) {
         opt.out, (long)lock.l_pid);
   if (access(opt.out, W_OK)) die("--out %s cannot be written in: %s", opt.out, strerror(errno));
   for (size_t i = 0; i < sizeof names / sizeof *names; i++) output_check(opt.out, names[i]);
-  if (opt.compare && !access(path_of(opt.out, "state.safetensors"), F_OK))
-    die("--out %s has the log and the plot of a run: use another --out for --compare", opt.out);
 }
 
 // safetensors: 8 bytes with the length of the header, little-endian; the header, JSON; the numbers:
