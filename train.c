@@ -64,7 +64,7 @@
 #endif
 typedef REAL real;
 #ifndef LOWER
-#define LOWER "--batch_size, --block_size, --n_embd or --n_layer"   // of what needs memory
+#define LOWER "--batch_size, --block_size, --n_embd or --n_layer"   // said if memory is short
 #endif
 #ifndef DEVICE
 #define DEVICE       // marks functions that train_gpu.cu also calls from kernels
