@@ -359,7 +359,8 @@ static int say_whose(const Comparison *c, int ok) {
   return said;
 }
 
-// Where the wrong elements are, if that is a simple place.
+// Where the wrong elements are, if that is a simple place: rows r0 to r1, columns c0 to c1,
+// sequences b0 to b1, positions t0 to t1.
 static void say_where(const Comparison *c, const char *wrong) {
   int r0 = c->rows, r1 = -1, c0 = c->cols, c1 = -1, T = c->shape ? c->shape->T : 0, count = 0;
   int in_sequences = T && c->rows == c->shape->B * T, diagonal = 1, b0 = c->rows, b1 = -1;
@@ -832,8 +833,8 @@ static long outermost(Case *c, int i, const double *got, const double *direction
     long middle = (begin + end) / 2;
     Slope half = last ? slope_in(c, i, got, direction, middle, end)
                       : slope_in(c, i, got, direction, begin, middle);
-    int wrong = !(fabs(half.promised - half.found) <= limit);
-    if (wrong == last) begin = middle;
+    int wrong = !(fabs(half.promised - half.found) <= limit);   // the half looked at: the later one
+    if (wrong == last) begin = middle;                          //   if `last`
     else end = middle;
   }
   return begin;
@@ -1517,8 +1518,8 @@ static void check_next_gradient(Trainer *t) {
                     t->accuracy * tokens / sums.correct - 1,
                     t->grad_norm / norm_of(want, m->count) - 1}, apart = 0;
   for (int i = 0; i < 4; i++) apart = larger(apart, fabs(error[i]));
-  expect(apart < (IS_DOUBLE ? 1e-14 : 1e-6), "the gradient of the next update",
-         "%.1e from that of its micro-batches alone", apart);
+  expect(apart < (IS_DOUBLE ? 1e-14 : 1e-6), "the next update",
+         "gradient, loss, accuracy, norm: %.1e from those of its micro-batches alone", apart);
 }
 
 static void check_accumulation(Trainer *t) {
@@ -1679,7 +1680,7 @@ static void check_around_updates(Trainer *t) {
   check_decode();
 }
 
-// ---- b. Wrong recipes
+// ---- b. Wrong recipes (a. was check_accumulation)
 
 enum Recipe {   // how micro-batches become an update; but for the first two, mistakes people made
   SUM_OF_TOKENS, ONE_BY_ONE, MEAN_OF_MEANS, NOT_DIVIDED, NOT_ZEROED, CLIP_EACH, COUNT_EACH,
