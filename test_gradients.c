@@ -1680,7 +1680,7 @@ static void check_around_updates(Trainer *t) {
   check_decode();
 }
 
-// ---- b. Wrong recipes (a. was check_accumulation)
+// ---- b. Wrong recipes
 
 enum Recipe {   // how micro-batches become an update; but for the first two, mistakes people made
   SUM_OF_TOKENS, ONE_BY_ONE, MEAN_OF_MEANS, NOT_DIVIDED, NOT_ZEROED, CLIP_EACH, COUNT_EACH,
