@@ -833,8 +833,8 @@ static long outermost(Case *c, int i, const double *got, const double *direction
     long middle = (begin + end) / 2;
     Slope half = last ? slope_in(c, i, got, direction, middle, end)
                       : slope_in(c, i, got, direction, begin, middle);
-    int wrong = !(fabs(half.promised - half.found) <= limit);   // the half looked at: the later one
-    if (wrong == last) begin = middle;                          //   if `last`
+    int wrong = !(fabs(half.promised - half.found) <= limit);
+    if (wrong == last) begin = middle;   // `half` was the later one if `last`
     else end = middle;
   }
   return begin;
@@ -893,8 +893,8 @@ static const struct {
   {{2, 3, 21, 7, 7, 9}, 1, NULL},        // lengths that leave 1, 2 and 3 of 4, and 7 of 16; one
   {{1, 5, 23, 1, 10, 3}, 1, NULL},       //   token, one sequence, one head, one channel a head
   {{5, 1, 13, 13, 33, 17}, 1, NULL},
-  {{1, 513, 14, 2, 29, 10}, 0, "attention embedding"},   // more keys than the CPU takes at a time
-  {{2, 3, 390, 3, 29, 530}, 0, "linear"},                // a larger matrix
+  {{1, 513, 14, 2, 29, 10}, 0, "attention embedding"},   // one key, or row, in the last block
+  {{2, 3, 390, 3, 29, 530}, 0, "linear"},                // more than DEPTH x MAX_COLUMNS of w
   {{3, 7, 525, 3, 29, 10}, 0, "linear lm_head"},    // few results, each a sum of over 512 terms,
   {{5, 121, 24, 3, 29, 10}, 0, "linear lm_head"}};  //   which a GPU cuts into slices
 
@@ -1563,6 +1563,8 @@ static void check_initial_weights(void) {
     while (!strstr(e->name, table[k].name)) k++;
     for (long i = 0; i < n; i++) mean += w[i] / n;
     for (long i = 0; i < n; i++) variance += (w[i] - mean) * (w[i] - mean) / n;
+    // the mean of x y^2 is 0 if the neighbours x and y are independent; not if one is made of the
+    // other's random bits
     for (long i = 1; i < n; i++) neighbours += (w[i - 1] - mean) * pow(w[i] - mean, 2) / n;
     double std = table[k].std, slack = 5 / sqrt((double)n);   // 5 standard errors
     if (!(fabs(mean - table[k].mean) <= slack * std + 1e-7

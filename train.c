@@ -1991,8 +1991,7 @@ static Safetensors safetensors_open(const char *folder, const char *name) {
   if (stat(st.path, &info)) die("%s: %s", st.path, strerror(errno));
   if (!S_ISREG(info.st_mode)) die("%s is not a file", st.path);   // to open a pipe would wait
   if (!(st.file = fopen(st.path, "rb"))) die("%s: %s", st.path, strerror(errno));
-  if (fread(&size, 1, 8, st.file) != 8)
-    die("%s is truncated", st.path);
+  if (fread(&size, 1, 8, st.file) != 8) die("%s is truncated", st.path);
   if (size > 100000000 || (long)size > (long)info.st_size - 8)
     die("%s: its header should have %llu bytes, the file has %ld: truncated, or not safetensors?",
         st.path, (unsigned long long)size, (long)info.st_size);
@@ -2775,7 +2774,8 @@ static void print_help(const Option *table, const char *usage) {
 }
 
 // Sets the options of a table from the command line; --help prints them and ends the program. The
-// other arguments go to words[0..capacity-1]; returns how many there were.
+// other arguments go to words[0..capacity-1]; returns how many there were. As each program's first
+// call it also sees to it that writing can fail with a message.
 static int parse_options(Option *table, int argc, char **argv, const char *usage,
                          const char **words, int capacity) {
   int n = 0;
