@@ -130,7 +130,7 @@ static void whole_window(Model *m, const unsigned char *bytes, long start, int n
 // here it is done once. A step then reads memory from front to back, which is what it does fastest.
 static void pack_weight(const real *weights, Matrix w, int C, int O) {
   real *panels = (real *)device_alloc((size_t)C * (O + COLUMNS) * sizeof(real));
-  pack_all(panels, w, C, O);
+  pack_columns(panels, w, C, O);
   struct Packed p = {weights, panels};
   packed[n_packed++] = p;
 }

@@ -1076,7 +1076,8 @@ enum {
   COLUMNS = 2*VECTOR,
   CACHE_LINE = 64 / sizeof(real),
   DEPTH = 1536 / sizeof(real),           // 384 floats x 32 columns are 48 KB
-  MAX_COLUMNS = 512                      // x 384 floats: 768 KB
+  MAX_COLUMNS = 512,                     // x 384 floats: 768 KB
+  MAX_ROWS = 8*ROWS                      // 96 x 384 floats: 144 KB
 };
 #ifdef __clang__
 #define UNROLL _Pragma("clang loop unroll(full)")   // keeps the sums of a tile in registers
@@ -1089,30 +1090,34 @@ enum {
 static Matrix part_of(Matrix m, long i, long j) { m.at += i*m.down + j*m.right; return m; }
 static int padded(int columns) { return (columns + COLUMNS - 1) / COLUMNS * COLUMNS; }
 
-// Copies a matrix of depth x columns into a panel of depth x width, and pads it with zeros. Of a
-// transposed matrix, 8 columns at a time: each is contiguous, and the processor reads ahead in as
-// many places as that, but not in 32. (With == for >=, clang forgets that width is a constant.)
+// Packs a matrix of depth x columns into panels of depth x width, one after the other; the last is
+// padded with zeros. Where rows are contiguous, they are read as they lie in memory, and spread over
+// the panels. Of a transposed matrix 8 columns are read at a time: each is contiguous, and the
+// processor reads ahead in as many places as that, but not in 32.
 __attribute__((always_inline))
-static inline void pack(real *panel, Matrix m, int depth, int columns, const int width) {
-  int k = 0;
-  if (columns >= width && m.right == 1)
-    for (; k < depth; k++) {
-      const real *x = m.at + k*m.down, *next_panel = x + width;
-      __builtin_prefetch(next_panel), __builtin_prefetch(next_panel + width - 1);
-      memcpy(panel + k*width, x, width * sizeof(real));
-    }
-  else if (columns >= width && width % 8 == 0 && m.down == 1)
-    for (int j = 0; j < width; j += 8) {
+static inline void pack(real *panels, Matrix m, int depth, int columns, const int width) {
+  int whole = columns / width * width;           // columns in whole panels
+  if (m.right == 1)
+    for (int k = 0; k < depth; k++)
+      for (int j = 0; j < whole; j += width) {
+        const real *x = m.at + k*m.down + j;
+        __builtin_prefetch(x + m.down), __builtin_prefetch(x + m.down + width - 1);
+        memcpy(panels + (long)j*depth + k*width, x, width * sizeof(real));
+      }
+  else
+    for (int j = 0; j < whole; j += 8) {
+      real *panel = panels + (long)(j - j % width)*depth + j % width;
       const real *x0 = m.at + j*m.right, *x1 = x0 + m.right, *x2 = x1 + m.right;
       const real *x3 = x2 + m.right, *x4 = x3 + m.right, *x5 = x4 + m.right;
       const real *x6 = x5 + m.right, *x7 = x6 + m.right;
-      for (k = 0; k < depth; k++)
-        *(vec8 *)(panel + k*width + j) =
-          (vec8){x0[k], x1[k], x2[k], x3[k], x4[k], x5[k], x6[k], x7[k]};
+      for (long k = 0, i = 0; k < depth; k++, i += m.down)
+        *(vec8 *)(panel + k*width) = (vec8){x0[i], x1[i], x2[i], x3[i], x4[i], x5[i], x6[i], x7[i]};
     }
-  for (; k < depth; k++)                         // what is left: the edge
-    for (int j = 0; j < width; j++)
-      panel[k*width + j] = j < columns ? m.at[k*m.down + j*m.right] : 0;
+  if (whole < columns)                           // the edge
+    for (int k = 0; k < depth; k++)
+      for (int j = whole; j < whole + width; j++)
+        panels[(long)whole*depth + k*width + j - whole] =
+          j < columns ? m.at[k*m.down + j*m.right] : 0;
 }
 
 // One tile: c[i,j] = sum_k a[i,k] panel[k,j] + (c[i,j] if mode is ADD, else bias[j] or 0), for
@@ -1174,17 +1179,14 @@ static void tile(Matrix c, Matrix a, const real *panel, int rows, int columns, i
   else tile_of(ROWS, 0, c, transposed, panel, rows, columns, depth, mode, bias);
 }
 
-// All panels of a matrix. Contiguous rows are read as they lie in memory, and spread.
-static void pack_all(real *panels, Matrix m, int depth, int columns) {
-  int whole = m.right == 1 ? columns / COLUMNS * COLUMNS : 0;
-  for (int k = 0; k < depth; k++)
-    for (int j = 0; j < whole; j += COLUMNS) {
-      const real *x = m.at + k*m.down + j;
-      __builtin_prefetch(x + m.down), __builtin_prefetch(x + m.down + COLUMNS - 1);
-      memcpy(panels + (long)j*depth + k*COLUMNS, x, COLUMNS * sizeof(real));
-    }
-  for (int j = whole; j < columns; j += COLUMNS)
-    pack(panels + (long)j*depth, part_of(m, 0, j), depth, MIN(COLUMNS, columns - j), COLUMNS);
+// Not inlined, for the sake of registers, like tile().
+__attribute__((noinline))
+static void pack_columns(real *panels, Matrix b, int depth, int columns) {
+  pack(panels, b, depth, columns, COLUMNS);
+}
+__attribute__((noinline))
+static void pack_rows(real *panels, Matrix a, int depth, int rows) {
+  pack(panels, transpose(a), depth, rows, ROWS);
 }
 
 // The matmul of one thread with a B that has been packed: the panel of its column j is at panels +
@@ -1211,19 +1213,19 @@ static real *scratch(long n) {   // n numbers that the thread may use until it c
 // The matmul of one thread, in blocks of DEPTH x MAX_COLUMNS of B.
 static void multiply(Matrix c, Matrix a, Matrix b, int M, int N, int K, int mode,
                      const real *bias) {
-  real *panels = scratch(DEPTH * (MAX_COLUMNS + ROWS)), *copy = panels + DEPTH*MAX_COLUMNS;
+  real *panels = scratch(DEPTH * (MAX_COLUMNS + MAX_ROWS)), *copies = panels + DEPTH*MAX_COLUMNS;
   for (int k = 0; k < K; k += DEPTH)
     for (int j = 0; j < N; j += MAX_COLUMNS) {
       int depth = MIN(DEPTH, K - k), columns = MIN(MAX_COLUMNS, N - j);
-      pack_all(panels, part_of(b, k, j), depth, columns);
+      pack_columns(panels, part_of(b, k, j), depth, columns);
       for (int i = 0; i < M; i += ROWS) {
-        int rows = MIN(ROWS, M - i);
         Matrix a_part = part_of(a, i, k);
         if (a.right != 1) {
-          pack(copy, transpose(a_part), depth, rows, ROWS);
-          a_part = transpose(rows_of(copy, ROWS));
+          if (i % MAX_ROWS == 0)
+            pack_rows(copies, a_part, depth, MIN(MAX_ROWS, M - i));
+          a_part = transpose(rows_of(copies + i % MAX_ROWS * depth, ROWS));
         }
-        multiply_packed(part_of(c, i, j), a_part, panels, depth, rows, columns, depth,
+        multiply_packed(part_of(c, i, j), a_part, panels, depth, MIN(ROWS, M - i), columns, depth,
                         k > 0 ? ADD : mode, bias ? bias + j : NULL);
       }
     }
@@ -1242,7 +1244,7 @@ static void matmul(Matrix c, Matrix a, Matrix b, int M, int N, int K, int mode, 
   int down = 1, right = 1;                       // the grid
   for (int n = 1; n <= n_threads; n++) {
     int others = n_threads / n;
-    long time = ((tiles + n - 1) / n + 2) * ((panels + others - 1) / others);
+    long time = ((tiles + n - 1) / n + 2) * ((panels + others - 1) / others + 1);
     if (n * others == n_threads && time < least) least = time, down = n, right = others;
   }
   const real *packed_b = NULL;
@@ -1373,8 +1375,8 @@ static void attention_forward(Tensor out, Tensor lse, Tensor qkv, int B, int T, 
     Head a = head_of(qkv.data, out.data, lse.data, bh, T, C, H);
     real *att = scratch((long)ROWS*stride + (long)D*padded(T) + (long)T*padded(D));
     real *kT_panels = att + (long)ROWS*stride, *v_panels = kT_panels + (long)D*padded(T);
-    pack_all(kT_panels, transpose(rows_of(a.k, row)), D, T);   // once for all queries
-    pack_all(v_panels, rows_of(a.v, row), T, D);
+    pack_columns(kT_panels, transpose(rows_of(a.k, row)), D, T);   // once for all queries
+    pack_columns(v_panels, rows_of(a.v, row), T, D);
     for (long i = 0; i < T; i += ROWS) {         // queries from i on
       int rows = MIN((long)ROWS, T - i), keys = i + rows, width = padded(keys);
       Matrix q = rows_of(a.q + i*row, row), out_i = rows_of(a.out + i*C, C);
@@ -1423,15 +1425,15 @@ static void attention_backward(Tensor out, Tensor lse, Tensor qkv, int B, int T,
     for (long j = 0; j < T; j += KEYS) {         // keys from j on
       int keys = MIN((long)KEYS, T - j);
       Matrix k = rows_of(a.k + j*row, row), v = rows_of(a.v + j*row, row);
-      pack_all(k_panels, k, keys, D);
-      pack_all(kT_panels, transpose(k), D, keys);
-      pack_all(vT_panels, transpose(v), D, keys);
+      pack_columns(k_panels, k, keys, D);
+      pack_columns(kT_panels, transpose(k), D, keys);
+      pack_columns(vT_panels, transpose(v), D, keys);
       for (long i = j; i < T; i += QUERIES) {    // queries from i on
         int queries = MIN((long)QUERIES, T - i);
         int any_sees = MIN((long)keys, i + queries - j);   // keys that a query here sees
         Matrix q = rows_of(a.q + i*row, row), dout = rows_of(g.out + i*C, C);
-        pack_all(q_panels, q, queries, D);
-        pack_all(dout_panels, dout, queries, D);
+        pack_columns(q_panels, q, queries, D);
+        pack_columns(dout_panels, dout, queries, D);
         for (int t0 = 0; t0 < queries; t0 += ROWS) {   // att and dz, and from them dq
           int rows = MIN(ROWS, queries - t0), seen = MIN((long)keys, i + t0 + rows - j);
           Matrix att_t0 = rows_of(att + t0*STRIDE, STRIDE), dz_t0 = rows_of(dz + t0*STRIDE, STRIDE);
