@@ -761,8 +761,10 @@ static real max_of(const real *x, int n);
 #define INDEPENDENT _Pragma("GCC ivdep")
 #endif
 
-// Where a sum runs over rows, a thread owns blocks of LANES columns, a cache line in float.
-static int column_blocks(int columns) { return (columns + LANES - 1) / LANES; }
+// Where a sum runs over rows, a thread owns blocks of WIDE columns: so many that a row of a block is
+// several cache lines, and several vector additions that need not wait for one another.
+enum { WIDE = 64 };
+static int column_blocks(int columns) { return (columns + WIDE - 1) / WIDE; }
 
 // residual: out = x + f
 static void residual_forward(Tensor out, Tensor x, Tensor f, int N, int C) {
@@ -822,7 +824,7 @@ static void embedding_backward(Tensor out, const int *token, Tensor wte, Tensor 
     for (int n = 0; n < B*T; n++) {
       const real *dout_n = out.grad + (long)n*C;
       real *dtoken_row = wte.grad + (long)token[n]*C;
-      for (int c = block*LANES; c < MIN(C, (block + 1)*LANES); c++) dtoken_row[c] += dout_n[c];
+      for (int c = block*WIDE; c < MIN(C, (block + 1)*WIDE); c++) dtoken_row[c] += dout_n[c];
     }
   // dwpe[t,c] += sum_b dout[b*T + t,c]
   parallel_for (t, T)
@@ -898,8 +900,8 @@ static void layernorm_backward(Tensor out, Tensor mean_rstd, Tensor x, WeightBia
   }
   // dw[c] += sum_n dout[n,c] xhat[n,c]
   parallel_for (block, column_blocks(C)) {
-    real dw[LANES] = {0};
-    int c = block*LANES, width = MIN(LANES, C - c);
+    real dw[WIDE] = {0};
+    int c = block*WIDE, width = MIN(WIDE, C - c);
     for (int n = 0; n < N; n++) {
       const real *x_n = x.data + (long)n*C + c, *dout_n = out.grad + (long)n*C + c;
       real mean = mean_rstd.data[2*n], rstd = mean_rstd.data[2*n + 1];
@@ -1265,8 +1267,8 @@ static void matmul(Matrix c, Matrix a, Matrix b, int M, int N, int K, int mode, 
 
 static void add_columns(real *sum, const real *x, int N, int O) {
   parallel_for (block, column_blocks(O)) {
-    int o = block*LANES, width = MIN(LANES, O - o);
-    real part[LANES] = {0};
+    int o = block*WIDE, width = MIN(WIDE, O - o);
+    real part[WIDE] = {0};
     for (int n = 0; n < N; n++)
       for (int j = 0; j < width; j++) part[j] += x[(long)n*O + o + j];
     for (int j = 0; j < width; j++) sum[o + j] += part[j];
