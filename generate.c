@@ -81,6 +81,13 @@ static void writer_allocate(Writer *w) {
   w->old_cell = (int *)device_alloc(tokens * sizeof(int));
 }
 
+// att[s] = exp(scale att[s]) / the sum of these, of n scores
+static void softmax(real *att, int n, real scale) {
+  real max = max_of(att, n) * scale;             // subtracted, so that exp cannot overflow
+  real sum = SUM(real, s, n, att[s] = exp_(att[s] * scale - max));
+  for (int s = 0; s < n; s++) att[s] /= sum;
+}
+
 // Takes the place of attention_forward() in a step: B rows of one token each, at position t. The
 // keys and values of older tokens come from the cache; those of the new ones are put there.
 static void attention_cached(Tensor out, Tensor lse, Tensor qkv, int B, int T, int C, int H) {
@@ -99,11 +106,11 @@ static void attention_cached(Tensor out, Tensor lse, Tensor qkv, int B, int T, i
       const real *k = cache_at(w, layer, cell[s], h, KEY, s);
       att[s] = SUM(real, d, D, q[d] * k[d]);
     }
-    real sum = exp_of_scores(att, t + 1, t + 1, max_of(att, t + 1) * scale, scale);
+    softmax(att, t + 1, scale);
     for (int d = 0; d < D; d++) out_n[d] = 0;
     for (int s = 0; s <= t; s++) {
-      const real *v = cache_at(w, layer, cell[s], h, VALUE, s), p = att[s] / sum;
-      for (int d = 0; d < D; d++) out_n[d] += p * v[d];
+      const real *v = cache_at(w, layer, cell[s], h, VALUE, s);
+      for (int d = 0; d < D; d++) out_n[d] += att[s] * v[d];
     }
   }
 }
@@ -507,9 +514,8 @@ static void head_attention(const Model *m, int layer, int head, int n, real *att
   int C = m->config.n_embd, H = m->config.n_head, D = C / H;
   const real *q = m->act[layer].qkv.data + head*D, *k = q + C;
   for (int t = 0; t < n; t++) {
-    for (int s = 0; s <= t; s++) att[t*n + s] = z_of(q + 3L*t*C, k + 3L*s*C, D);
-    real sum = exp_of_scores(att + t*n, t + 1, n, max_of(att + t*n, t + 1), 1);
-    for (int s = 0; s <= t; s++) att[t*n + s] /= sum;
+    for (int s = 0; s < n; s++) att[t*n + s] = s <= t ? z_of(q + 3L*t*C, k + 3L*s*C, D) : 0;
+    softmax(att + t*n, t + 1, 1);
   }
 }
 

@@ -1529,7 +1529,7 @@ static void check_accumulation(Trainer *t) {
   set_options(PIECE_T, 0.1, 1);
   for (int i = 0; i < N_OPTIMIZERS; i++) {
     const long tokens = UPDATES * PIECES * PIECE_B * PIECE_T, n = t->model.count;
-    double rate = optimizers[i].learning_rate, bar = IS_DOUBLE ? 1e-12 : 2e-6;
+    double rate = optimizers[i].learning_rate, bar = IS_DOUBLE ? 1e-12 : 1e-5;
     UpdateRow a[UPDATES], b[UPDATES], *x = &a[UPDATES - 1], *y = &b[UPDATES - 1];
     double *pieces = run_updates(t, i, rate, UPDATES, PIECES, PIECE_B, a);
     int counted = t->tokens == tokens && t->updates == UPDATES;

@@ -761,8 +761,8 @@ static real max_of(const real *x, int n);
 #define INDEPENDENT _Pragma("GCC ivdep")
 #endif
 
-// Where a sum runs over rows, a thread owns blocks of WIDE columns: so many that a row of a block is
-// several cache lines, and several vector additions that need not wait for one another.
+// Where a sum runs over rows, a thread owns blocks of WIDE columns: so many that a row of a block
+// is several cache lines, and several vector additions that need not wait for one another.
 enum { WIDE = 64 };
 static int column_blocks(int columns) { return (columns + WIDE - 1) / WIDE; }
 
@@ -1093,17 +1093,17 @@ static Matrix part_of(Matrix m, long i, long j) { m.at += i*m.down + j*m.right; 
 static int padded(int columns) { return (columns + COLUMNS - 1) / COLUMNS * COLUMNS; }
 
 // Packs a matrix of depth x columns into panels of depth x width, one after the other; the last is
-// padded with zeros. Where rows are contiguous, they are read as they lie in memory, and spread over
-// the panels. Of a transposed matrix 8 columns are read at a time: each is contiguous, and the
+// padded with zeros. Where rows are contiguous, they are read as they lie in memory, and spread
+// over the panels. Of a transposed matrix 8 columns are read at a time: each is contiguous, and the
 // processor reads ahead in as many places as that, but not in 32.
 __attribute__((always_inline))
 static inline void pack(real *panels, Matrix m, int depth, int columns, const int width) {
-  int whole = columns / width * width;           // columns in whole panels
+  int whole = m.right == 1 || width % 8 == 0 ? columns / width * width : 0;
   if (m.right == 1)
     for (int k = 0; k < depth; k++)
       for (int j = 0; j < whole; j += width) {
         const real *x = m.at + k*m.down + j;
-        __builtin_prefetch(x + m.down), __builtin_prefetch(x + m.down + width - 1);
+        __builtin_prefetch(x + 8*m.down), __builtin_prefetch(x + 8*m.down + width - 1);
         memcpy(panels + (long)j*depth + k*width, x, width * sizeof(real));
       }
   else
@@ -1115,11 +1115,11 @@ static inline void pack(real *panels, Matrix m, int depth, int columns, const in
       for (long k = 0, i = 0; k < depth; k++, i += m.down)
         *(vec8 *)(panel + k*width) = (vec8){x0[i], x1[i], x2[i], x3[i], x4[i], x5[i], x6[i], x7[i]};
     }
-  if (whole < columns)                           // the edge
+  for (int j = whole; j < columns; j += width)   // the edge
     for (int k = 0; k < depth; k++)
-      for (int j = whole; j < whole + width; j++)
-        panels[(long)whole*depth + k*width + j - whole] =
-          j < columns ? m.at[k*m.down + j*m.right] : 0;
+      for (int i = 0; i < width; i++)
+        panels[(long)j*depth + k*width + i] =
+          j + i < columns ? m.at[k*m.down + (j + i)*m.right] : 0;
 }
 
 // One tile: c[i,j] = sum_k a[i,k] panel[k,j] + (c[i,j] if mode is ADD, else bias[j] or 0), for
@@ -1348,52 +1348,56 @@ static inline real exp_(real x) {
 
 static inline real tanh_(real u) { return 1 - 2 / (exp_(2*u) + 1); }   // for any u, and NaN
 
-// ---- The fast attention: ROWS queries at a time, its products by the tiles of the matmul. With
-// ROWS = 2:
+// ---- The fast attention: COLUMNS queries at a time, its products by the tiles of the matmul.
+// Scores are computed transposed: a row of att has those of one key with each of the queries. So
+// the maximum and the sum over keys, one for each query, take whole vectors, and nothing has to be
+// added up inside a vector. With COLUMNS = 2:
 //
-//   keys      0   1   2   3   4   5
-//   query 0   x   0
-//   query 1   x   x                       x: exp(z[t,s] - max), which is att[t,s] times the sum of
-//   query 2   x   x   x   0               its row. No product goes further than to the last key
-//   query 3   x   x   x   x               that one of the ROWS queries sees (or to the end of its
-//   query 4   x   x   x   x   x   0       panel). What a query does not see is 0 there.
-//   query 5   x   x   x   x   x   x
-
-// One row of scores. On entry e[s] = q[t].k[s]; on return e[s] = exp(e[s] * scale - max), or 0 from
-// s = seen on. Returns their sum.
-static real exp_of_scores(real *e, int seen, int width, real max, real scale) {
-  return SUM(real, s, width, e[s] = s < seen ? exp_(e[s] * scale - max) : 0);
-}
+//   queries   0 1   2 3   4 5
+//   key 0     x x   x x   x x       x: exp(z[t,s] - max[t]), which is att[t,s] times the sum of all
+//   key 1     0 x   x x   x x       x of query t. What a query does not see is 0. No product goes
+//   key 2           x x   x x       further than to the last key that one of its queries sees.
+//   key 3           0 x   x x
+//   key 4                 x x
+//   key 5                 0 x
 
 static void attention_forward(Tensor out, Tensor lse, Tensor qkv, int B, int T, int C, int H) {
   if (PLAIN) { attention_plain_forward(out, lse, qkv, B, T, C, H); return; }
   int D = C / H;
   long row = 3L*C;                               // from token to token in qkv
-  // A row of att is an odd number of cache lines: rows 4096 bytes apart would share few places in
-  // the cache.
-  int stride = ((padded(T) + CACHE_LINE - 1) / CACHE_LINE | 1) * CACHE_LINE;
   real scale = 1 / sqrt((real)D);
   parallel_for (bh, B*H) {
     Head a = head_of(qkv.data, out.data, lse.data, bh, T, C, H);
-    real *att = scratch((long)ROWS*stride + (long)D*padded(T) + (long)T*padded(D));
-    real *kT_panels = att + (long)ROWS*stride, *v_panels = kT_panels + (long)D*padded(T);
-    pack_columns(kT_panels, transpose(rows_of(a.k, row)), D, T);   // once for all queries
+    real *att = scratch((long)T*COLUMNS + (long)D*padded(T) + (long)T*padded(D));
+    real *qT_panels = att + (long)T*COLUMNS, *v_panels = qT_panels + (long)D*padded(T);
+    pack_columns(qT_panels, transpose(rows_of(a.q, row)), D, T);
     pack_columns(v_panels, rows_of(a.v, row), T, D);
-    for (long i = 0; i < T; i += ROWS) {         // queries from i on
-      int rows = MIN((long)ROWS, T - i), keys = i + rows, width = padded(keys);
-      Matrix q = rows_of(a.q + i*row, row), out_i = rows_of(a.out + i*C, C);
-      real sum[ROWS];
-      multiply_packed(rows_of(att, stride), q, kT_panels, D, rows, width, D, SET, NULL);
-      for (int t = 0; t < rows; t++) {
-        real *att_t = att + (long)t*stride;
-        int seen = i + t + 1;                    // keys
-        real max = max_of(att_t, seen) * scale;  // subtracted, so that exp cannot overflow
-        sum[t] = exp_of_scores(att_t, seen, width, max, scale);
-        a.lse[i + t] = max + log(sum[t]);
+    for (int i = 0; i < T; i += COLUMNS) {       // queries from i on; t is relative to i
+      int queries = MIN(COLUMNS, T - i), keys = i + queries;
+      real max[COLUMNS], sum[COLUMNS];           // of each query
+      multiply_packed(rows_of(att, COLUMNS), rows_of(a.k, row), qT_panels + (long)i*D, D, keys,
+                      COLUMNS, D, SET, NULL);
+      for (int t = 0; t < COLUMNS; t++) max[t] = -INFINITY, sum[t] = 0;
+      for (int s = 0; s < keys; s++)
+        NOT_UNROLLED
+        for (int t = 0; t < COLUMNS; t++) {
+          real z = att[s*COLUMNS + t] * scale;
+          max[t] = s <= i + t && z > max[t] ? z : max[t];
+        }
+      for (int s = 0; s < keys; s++)
+        NOT_UNROLLED
+        for (int t = 0; t < COLUMNS; t++) {      // max is subtracted, so that exp cannot overflow
+          real x = exp_(att[s*COLUMNS + t] * scale - max[t]);
+          sum[t] += att[s*COLUMNS + t] = s <= i + t ? x : 0;
+        }
+      for (int t = 0; t < queries; t++) a.lse[i + t] = max[t] + log(sum[t]);
+      for (int t = 0; t < queries; t += ROWS) {
+        int rows = MIN(ROWS, queries - t);
+        multiply_packed(rows_of(a.out + (long)(i + t)*C, C), transpose(rows_of(att + t, COLUMNS)),
+                        v_panels, T, rows, D, i + t + rows, SET, NULL);
       }
-      multiply_packed(out_i, rows_of(att, stride), v_panels, T, rows, D, keys, SET, NULL);
-      for (int t = 0; t < rows; t++)
-        for (int d = 0; d < D; d++) out_i.at[t*C + d] /= sum[t];
+      for (int t = 0; t < queries; t++)
+        for (int d = 0; d < D; d++) a.out[(long)(i + t)*C + d] *= 1 / sum[t];
     }
   }
   profile_flop(2.0*B*T*T*C);
@@ -1418,12 +1422,12 @@ static void attention_backward(Tensor out, Tensor lse, Tensor qkv, int B, int T,
   parallel_for (bh, B*H) {
     Head a = head_of(qkv.data, out.data, lse.data, bh, T, C, H);
     Head g = head_of(qkv.grad, out.grad, lse.data, bh, T, C, H);
-    real *att = scratch(2L*QUERIES*STRIDE + 5*size), *dz = att + QUERIES*STRIDE;
+    real *att = scratch(2L*QUERIES*STRIDE + 5*size + T), *dz = att + QUERIES*STRIDE;
     real *k_panels = dz + QUERIES*STRIDE, *kT_panels = k_panels + size;
     real *vT_panels = kT_panels + size, *q_panels = vT_panels + size;
-    real *dout_panels = q_panels + size;
+    real *dout_panels = q_panels + size, *dout_dot_out = dout_panels + size;
     for (long t = 0; t < T; t++)
-      for (int d = 0; d < D; d++) g.q[t*row + d] = g.k[t*row + d] = g.v[t*row + d] = 0;
+      dout_dot_out[t] = SUM(real, d, D, g.out[t*C + d] * a.out[t*C + d]);
     for (long j = 0; j < T; j += KEYS) {         // keys from j on
       int keys = MIN((long)KEYS, T - j);
       Matrix k = rows_of(a.k + j*row, row), v = rows_of(a.v + j*row, row);
@@ -1444,25 +1448,25 @@ static void attention_backward(Tensor out, Tensor lse, Tensor qkv, int B, int T,
           multiply_packed(att_t0, part_of(q, t0, 0), kT_panels, D, rows, width, D, SET, NULL);
           multiply_packed(dz_t0, part_of(dout, t0, 0), vT_panels, D, rows, width, D, SET, NULL);
           for (int t = t0; t < t0 + rows; t++) {
-            real *att_t = att + t*STRIDE, *dz_t = dz + t*STRIDE, lse_t = a.lse[i + t];
-            const real *out_t = a.out + (i + t)*C, *dout_t = dout.at + (long)t*C;
-            real dout_dot_out = SUM(real, d, D, dout_t[d] * out_t[d]);
+            real *att_t = att + t*STRIDE, *dz_t = dz + t*STRIDE;
+            real lse_t = a.lse[i + t], dot = dout_dot_out[i + t];
             for (int s = 0; s < width; s++) {    // dz[] had datt until now
               att_t[s] = j + s <= i + t ? exp_(att_t[s] * scale - lse_t) : 0;
-              dz_t[s] = att_t[s] * (dz_t[s] - dout_dot_out) * scale;
+              dz_t[s] = att_t[s] * (dz_t[s] - dot) * scale;
             }
           }
-          multiply_packed(dq, dz_t0, k_panels, keys, rows, D, seen, ADD, NULL);
+          multiply_packed(dq, dz_t0, k_panels, keys, rows, D, seen, j > 0 ? ADD : SET, NULL);
         }
         for (int s = 0; s < any_sees; s += ROWS) {   // dk and dv of ROWS keys
           int rows = MIN(ROWS, any_sees - s);
           int t = MAX(0, j + s - i);             // the first query that sees the first of them
+          int mode = j + s < i ? ADD : SET;      // did queries before i see them?
           Matrix att_s = transpose(rows_of(att + t*STRIDE + s, STRIDE));
           Matrix dz_s = transpose(rows_of(dz + t*STRIDE + s, STRIDE));
           multiply_packed(rows_of(g.v + (j + s)*row, row), att_s, dout_panels + t*COLUMNS, queries,
-                          rows, D, queries - t, ADD, NULL);
+                          rows, D, queries - t, mode, NULL);
           multiply_packed(rows_of(g.k + (j + s)*row, row), dz_s, q_panels + t*COLUMNS, queries,
-                          rows, D, queries - t, ADD, NULL);
+                          rows, D, queries - t, mode, NULL);
         }
       }
     }
