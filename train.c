@@ -1054,12 +1054,14 @@ static void matmul_plain(Matrix c, Matrix a, Matrix b, int M, int N, int K, int 
 //      the order in which the tile reads them, whatever the strides of B. A block of panels stays
 //      in the core's cache while all rows of A pass by. A is read in place. But where A is a
 //      transposed matrix, the numbers of a row are a whole stride apart, one cache line each: so
-//      ROWS rows are copied first, and the tiles of all panels read the copy.
-//   3. C is cut into a grid of parts, one for each thread.
+//      MAX_ROWS rows are copied first, in the same way, and the tiles of all panels read the copy.
+//   3. C is cut into a grid of parts, one for each thread, if possible by rows: other functions are
+//      shared by rows, too, so a thread finds the rows of A in its cache, since it wrote them.
 //
-// For M 2048, N 1152, K 384 the six lines do 2 GFLOP/s on a core that can do 205. Tiles do 92 where
-// the rows of B are contiguous; with packing, 145 for any B. Where A is transposed, its copy takes
-// them from 60 to 115. Each element of C is the same sum in the same order, wherever C is cut.
+// For M 2048, N 1152, K 384 the six lines do 2 GFLOP/s on a core that can do 245. Tiles do 148
+// where the rows of B are contiguous; with packing, 209 for any B. Where A is transposed, its copy
+// takes them from 114 to 192. Each element of C is the same sum in the same order, wherever C is
+// cut.
 //
 // vec is as wide as a register of the machine: the compiler turns it into AVX-512, AVX2 or NEON.
 #if defined __AVX512F__
@@ -1239,7 +1241,7 @@ static int n_packed;
 
 // The matmul of all threads. They cut C into a grid of equal parts, 2 threads into 1 x 2 or 2 x 1,
 // 6 also into 2 x 3 or 3 x 2: whichever takes least time. (To pack a panel takes as long as two
-// tiles.)
+// tiles; to fetch the rows of A that a tile needs, as long as one, but only for the first panel.)
 static void matmul(Matrix c, Matrix a, Matrix b, int M, int N, int K, int mode, const real *bias) {
   if (PLAIN) { matmul_plain(c, a, b, M, N, K, mode, bias); return; }
   long tiles = (M + ROWS - 1) / ROWS, panels = (N + COLUMNS - 1) / COLUMNS, least = LONG_MAX;
@@ -1411,8 +1413,9 @@ static void attention_forward(Tensor out, Tensor lse, Tensor qkv, int B, int T, 
 // Here t is relative to i, s to j, and dz has been divided by sqrt(D). ROWS divides QUERIES, so a
 // group of keys and the first query that sees one of them begin at multiples of ROWS: for this
 // query and later ones, att and dz were computed up to the last key of the group, 0 where it is not
-// seen.
-enum { QUERIES = 96, KEYS = 256, STRIDE = KEYS + CACHE_LINE };   // an odd number of cache lines
+// seen. STRIDE, from row to row of att and dz, is an odd number of cache lines: rows a power of 2
+// apart would share few places in the cache.
+enum { QUERIES = 96, KEYS = 256, STRIDE = KEYS + CACHE_LINE };
 
 static void attention_backward(Tensor out, Tensor lse, Tensor qkv, int B, int T, int C, int H) {
   if (PLAIN) { attention_plain_backward(out, lse, qkv, B, T, C, H); return; }
