@@ -1451,6 +1451,83 @@ static void check_profile(void) {
          profile_share(profile + 1));
 #endif
 }
+
+// launch_recorded() must do what launch() does: with more arguments than are kept, each launched,
+// recorded and replayed; under --profile; and after device_alloc(), if `filling` has changed, which
+// is not in the argument.
+static real filling;
+static void fill_one(void *x) { fill(*(real **)x, 1, filling); }
+
+static real written(real *at) {          // by a recorded launch
+  real y = 0;
+  copy_in(at, &y, sizeof y);
+  launch_recorded(fill_one, &at, sizeof at);
+  copy_out(&y, at, sizeof y);
+  return y;
+}
+
+static void check_recordings(void) {
+  enum { N = 20 };
+  real *x = (real *)device_alloc(N * sizeof *x);
+  int wrong = 0;
+  filling = 1;
+  for (int i = 0; i < 3*N; i++) wrong += written(x + i % N) != 1;
+  expect(!wrong, "recorded launches", "%d of %d did nothing", wrong, 3*N);
+  device_alloc(1);
+  filling = 2;
+  expect(written(x) == 2, "recorded launches", "are forgotten when memory is allocated");
+  memset(profile, 0, sizeof profile);
+  opt.profile = 1;
+  for (int i = 0; i < 3; i++) written(x);
+  opt.profile = 0;
+  expect(profile->calls == 3, "recorded launches", "under --profile: %ld of 3 are counted",
+         profile->calls);
+}
+
+#ifdef EMULATED
+// Does a call, in a process of its own, end the program with an error message that has these words?
+static void check_refusal(const char *what, void (*call)(void), const char *words) {
+  char message[1000] = "";
+  int ends[2], status = 0;
+  fflush(stdout);
+  if (pipe(ends)) die("no pipe: %s", strerror(errno));
+  pid_t child = fork();
+  if (child == 0) {
+    dup2(ends[1], 2);
+    checking = NULL;
+    call();
+    _exit(0);
+  }
+  close(ends[1]);
+  for (long n = 0, part = 1; part > 0; n += part)
+    part = MAX(0, read(ends[0], message + n, sizeof message - 1 - n));
+  close(ends[0]);
+  waitpid(child, &status, 0);
+  expect(WIFEXITED(status) && WEXITSTATUS(status) == 1 && strstr(message, words), what,
+         "must be refused: ... %s ...", words);
+}
+
+static void check_refusals(void) {
+  check_refusal("--precision fp16", [] { device_start(1, "fp16"); }, "expected fp32 or bf16");
+  check_refusal("bf16 on an older GPU", [] { emulated_ptx = 75; device_start(1, "bf16"); },
+                "needs compute capability 8.0");
+  check_refusal("RUNG=4", [] { setenv("RUNG", "4", 1); device_start(1, "fp32"); },
+                "expected 1, 2 or 3");
+  check_refusal("RUNG=2 in bf16", [] { setenv("RUNG", "2", 1); device_start(1, "bf16"); },
+                "expected 1, 2 or 3");
+  check_refusal("an array of 4e18 bytes", [] { device_alloc((size_t)1 << 62); }, "no GPU memory");
+  check_refusal("a copy to memory of the CPU", [] { char x = 0; copy_in(&x, "1", 1); },
+                "cudaMemcpyAsync");
+  check_refusal("a matrix of 2^30 rows", [] {
+    Matrix m = rows_of(NULL, 1);
+    matmul(m, m, m, 1 << 30, 1, 1, SET, NULL);
+  }, "lower --batch_size");
+  check_refusal("attention of 2^30 rows", [] {
+    Tensor none = {NULL, NULL};
+    attention_backward(none, none, none, 1 << 10, 1 << 20, 1, 1);
+  }, "lower --batch_size");
+}
+#endif
 #endif
 
 // ---- 4. Single-step and multi-step ------------------------------------------------------------
@@ -2171,23 +2248,33 @@ static void check_all(void) {
   checking = "optimizers";
   if (wanted("optimizers")) check_optimizers();
   if (n_names) return;
-  checking = "what follows the layers";
 #ifdef GPU
+  checking = "the rungs of the matmul";
   check_matmul_rungs();
 #endif
   if (SEARCH_FOR_RACES) {          // each kernel has run; now some updates
+    checking = "updates";
     long_updates(new_trainer(TWO_TILES, 0));
     return;
   }
 #ifdef GPU
+  checking = "--profile";
   check_profile();
+  checking = "recorded launches";
+  check_recordings();
+#ifdef EMULATED
+  checking = "what is refused";
+  check_refusals();
+#endif
 #else
+  checking = "the model";
   if (IS_DOUBLE) check_model();
 #endif
   if (failed) {
     printf("\nWhat follows is left out: it stands on what is checked above.\n");
     return;
   }
+  checking = "updates, and what stands around them";
   Trainer *t = new_trainer(TINY, 0);
   check_accumulation(t);
   check_around_updates(t);
@@ -2201,6 +2288,7 @@ static void check_all(void) {
     show_float_differences();
     check_functions();
   }
+  checking = "threads";
   check_threads();
 #endif
 }
@@ -2270,6 +2358,7 @@ int main(int argc, char **argv) {
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/wait.h>
 #include <functional>
 #include <map>
 #include <vector>
@@ -2565,7 +2654,7 @@ enum { MARGIN = 64 };
 #endif
 #endif
 template <class T> static cudaError_t cudaMalloc(T **p, size_t n) {
-  char *all = (char *)malloc(n + 2*MARGIN);
+  char *all = n >> 40 ? NULL : (char *)malloc(n + 2*MARGIN);
   if (recorded) return cudaErrorStreamCaptureUnsupported;
   if (!all) return cudaErrorMemoryAllocation;
   memset(all, 0xff, n + 2*MARGIN);
