@@ -135,10 +135,10 @@ static void whole_window(Model *m, const unsigned char *bytes, long start, int n
 
 // Copies the matrix under each weight into panels, as pack() does it in every matmul of training:
 // here it is done once. A step then reads memory from front to back, which is what it does fastest.
-static void pack_weight(const real *weights, Matrix w, int C, int O) {
+static void pack_weight(Matrix w, int C, int O) {
   real *panels = (real *)device_alloc((size_t)C * (O + COLUMNS) * sizeof(real));
   pack_columns(panels, w, C, O);
-  struct Packed p = {weights, panels};
+  struct Packed p = {w, panels};
   packed[n_packed++] = p;
 }
 
@@ -146,8 +146,8 @@ static void pack_weights(Model *m) {
   packed = (struct Packed *)host_alloc(packed, (n_packed + m->n_parameters) * sizeof *packed);
   for (Entry *e = m->parameter; e < m->parameter + m->n_parameters; e++) {
     Matrix w = rows_of(e->tensor->data, e->cols);
-    if (e->tensor == &m->wte) pack_weight(w.at, transpose(w), e->cols, e->rows);
-    else if (e->cols && e->tensor != &m->wpe) pack_weight(w.at, w, e->rows, e->cols);
+    if (e->tensor == &m->wte) pack_weight(transpose(w), e->cols, e->rows);
+    else if (e->cols && e->tensor != &m->wpe) pack_weight(w, e->rows, e->cols);
   }
 }
 

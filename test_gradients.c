@@ -894,7 +894,7 @@ static const struct {
   {{1, 5, 23, 1, 10, 3}, 1, NULL},       //   token, one sequence, one head, one channel a head
   {{5, 1, 13, 13, 33, 17}, 1, NULL},
   {{1, 513, 14, 2, 29, 10}, 0, "attention embedding"},   // one key, or row, in the last block
-  {{2, 3, 390, 3, 29, 530}, 0, "linear"},                // more than DEPTH x MAX_COLUMNS of w
+  {{2, 3, 390, 3, 29, 530}, 0, "linear"},                // more than DEPTH x BLOCK_COLUMNS of w
   {{3, 7, 525, 3, 29, 10}, 0, "linear lm_head"},    // few results, each a sum of over 512 terms,
   {{5, 121, 24, 3, 29, 10}, 0, "linear lm_head"}};  //   which a GPU cuts into slices
 

@@ -35,6 +35,7 @@
 //   make run                              trains on the default text, then writes a sample
 //   ./train shakespeare.txt --n_layer 6   any text; ./train --help lists the options
 
+#include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
@@ -967,7 +968,7 @@ static Head head_of(real *qkv, real *out, real *lse, long bh, int T, int C, int 
 }
 
 // The plain form: for each query a loop over the keys. The fast form, at the end of section 6,
-// gives the same, but for rounding.
+// gives the same for finite numbers, but for rounding.
 static real z_of(const real *q, const real *k, int D) {
   return SUM(real, d, D, q[d] * k[d]) / sqrt((real)D);
 }
@@ -1005,7 +1006,7 @@ static void attention_plain_backward(Tensor out, Tensor lse, Tensor qkv, int B, 
       for (long s = 0; s <= t; s++) {
         real datt = SUM(real, d, D, g.out[t*C + d] * a.v[s*row + d]);
         real att = exp_(z_of(a.q + t*row, a.k + s*row, D) - a.lse[t]);
-        real dz = att * (datt - dout_dot_out) / sqrt((real)D);
+        real dz = att * (datt - dout_dot_out) / sqrt((real)D);   // that of above, / sqrt(D)
         for (int d = 0; d < D; d++) {
           g.v[s*row + d] += att * g.out[t*C + d];
           g.q[t*row + d] += dz * a.k[s*row + d];
@@ -1043,27 +1044,28 @@ static void matmul_plain(Matrix c, Matrix a, Matrix b, int M, int N, int K, int 
 //   a00..a03 c00 c01   c02 c03        c00 += a0k * bk0, c01 += a0k * bk1
 //   a10..a13 c10 c11   c12 c13        c10 += a1k * bk0, c11 += a1k * bk1
 //
-//   1. A tile of C stays in registers while k runs. Real tiles have ROWS rows and two vectors of
-//      columns. A step of k loads 2 vectors of B and ROWS numbers of A for 2*ROWS vector
-//      multiply-adds, so the more sums there are, the fewer loads each needs. Besides, a core can
+//   1. A tile of C stays in registers while k runs over up to DEPTH terms. Real tiles have ROWS
+//      rows and two vectors of columns. A step of k loads 2 vectors of B and ROWS numbers of A for
+//      2*ROWS vector multiply-adds: the more sums, the fewer loads for each. Besides, a core can
 //      start two multiply-adds in a cycle but needs 4 cycles for each: 8 or more independent sums
-//      keep it busy. The limit is the number of registers: a tile of 12 x 2 uses 27 of 32. (14 x 2
-//      would just fit, but was measured to be 3 % slower. In BLIS: MR = ROWS, NR = COLUMNS, KC =
-//      DEPTH.)
+//      keep it busy. The limit is the number of registers: 12 rows of 2 vectors take 27 of 32. (14
+//      rows would just fit, but were measured to be 3 % slower.)
 //   2. B is packed: a panel of DEPTH x COLUMNS numbers is copied so that they are consecutive in
-//      the order in which the tile reads them, whatever the strides of B. A block of panels stays
-//      in the core's cache while all rows of A pass by. A is read in place. But where A is a
-//      transposed matrix, the numbers of a row are a whole stride apart, one cache line each: so
-//      MAX_ROWS rows are copied first, in the same way, and the tiles of all panels read the copy.
-//   3. C is cut into a grid of parts, one for each thread, if possible by rows: other functions are
-//      shared by rows, too, so a thread finds the rows of A in its cache, since it wrote them.
+//      the order in which the tile reads them, whatever the strides of B. Then ROWS rows of A at a
+//      time, which stay in the L1 cache, pass by a block of panels, which stays in the L2 cache. A
+//      is read in place. But where A is a transposed matrix, the numbers of a row are a whole
+//      stride apart, one cache line each: so BLOCK_ROWS rows, which are whole cache lines, are
+//      packed like B, and the tiles of all panels of the block read the copy.
+//   3. C is cut into a grid of parts, one for each thread; matmul() estimates which grid is
+//      fastest. With many rows that is a cut by rows. Then a thread also finds its rows of A in its
+//      own cache, since other functions, which share their work by rows, wrote them there.
 //
-// For M 2048, N 1152, K 384 the six lines do 2 GFLOP/s on a core that can do 245. Tiles do 148
-// where the rows of B are contiguous; with packing, 209 for any B. Where A is transposed, its copy
-// takes them from 114 to 192. Each element of C is the same sum in the same order, wherever C is
-// cut.
+// For M 2048, N 1152, K 384, in GFLOP/s, on a core of an Intel server that can do 245: the six
+// lines do 2; tiles 148, where the rows of B are contiguous; with B packed, 209 for any B. Where A
+// is transposed, tiles do 114 in place, and 192 with the copy. Each element of C is the same sum in
+// the same order, wherever C is cut.
 //
-// vec is as wide as a register of the machine: the compiler turns it into AVX-512, AVX2 or NEON.
+// vec is as wide as a register of the machine: AVX-512, AVX2, NEON or SSE2.
 #if defined __AVX512F__
 enum { VECTOR_BYTES = 64, ROWS = 12 };   // of 32 registers: 12 x 2 sums, 2 of B, 1 of A
 #elif defined __AVX__
@@ -1078,10 +1080,10 @@ typedef real vec8 __attribute__((vector_size(8*sizeof(real)), aligned(sizeof(rea
 enum {
   VECTOR = VECTOR_BYTES / sizeof(real),  // numbers in a vec
   COLUMNS = 2*VECTOR,
-  CACHE_LINE = 64 / sizeof(real),
-  DEPTH = 1536 / sizeof(real),           // 384 floats x 32 columns are 48 KB
-  MAX_COLUMNS = 512,                     // x 384 floats: 768 KB
-  MAX_ROWS = 8*ROWS                      // 96 x 384 floats: 144 KB
+  CACHE_LINE = 64 / sizeof(real),        // numbers in one
+  DEPTH = 1536 / sizeof(real),           // 384 floats
+  BLOCK_COLUMNS = 512,                   // of B: x 384 floats are 768 KB
+  BLOCK_ROWS = 8*ROWS                    // of A: 96 x 384 floats are 144 KB
 };
 #ifdef __clang__
 #define UNROLL _Pragma("clang loop unroll(full)")   // keeps the sums of a tile in registers
@@ -1097,15 +1099,17 @@ static int padded(int columns) { return (columns + COLUMNS - 1) / COLUMNS * COLU
 // Packs a matrix of depth x columns into panels of depth x width, one after the other; the last is
 // padded with zeros. Where rows are contiguous, they are read as they lie in memory, and spread
 // over the panels. Of a transposed matrix 8 columns are read at a time: each is contiguous, and the
-// processor reads ahead in as many places as that, but not in 32.
+// processor reads ahead in as many places as that, but not in 32. The last loop takes what is left:
+// a panel that is not full, or all panels if 8 does not divide their width.
 __attribute__((always_inline))
 static inline void pack(real *panels, Matrix m, int depth, int columns, const int width) {
-  int whole = m.right == 1 || width % 8 == 0 ? columns / width * width : 0;
+  int whole = (m.right == 1 || width % 8 == 0) ? columns / width * width : 0;
   if (m.right == 1)
     for (int k = 0; k < depth; k++)
       for (int j = 0; j < whole; j += width) {
         const real *x = m.at + k*m.down + j;
-        __builtin_prefetch(x + 8*m.down), __builtin_prefetch(x + 8*m.down + width - 1);
+        const real *ahead = x + 8*m.down;        // 8 rows
+        __builtin_prefetch(ahead), __builtin_prefetch(ahead + width - 1);
         memcpy(panels + (long)j*depth + k*width, x, width * sizeof(real));
       }
   else
@@ -1117,7 +1121,7 @@ static inline void pack(real *panels, Matrix m, int depth, int columns, const in
       for (long k = 0, i = 0; k < depth; k++, i += m.down)
         *(vec8 *)(panel + k*width) = (vec8){x0[i], x1[i], x2[i], x3[i], x4[i], x5[i], x6[i], x7[i]};
     }
-  for (int j = whole; j < columns; j += width)   // the edge
+  for (int j = whole; j < columns; j += width)
     for (int k = 0; k < depth; k++)
       for (int i = 0; i < width; i++)
         panels[(long)j*depth + k*width + i] =
@@ -1125,9 +1129,9 @@ static inline void pack(real *panels, Matrix m, int depth, int columns, const in
 }
 
 // One tile: c[i,j] = sum_k a[i,k] panel[k,j] + (c[i,j] if mode is ADD, else bias[j] or 0), for
-// rows <= most <= ROWS. Where `most` is a constant, the sums stay in registers; if `whole`, the
-// tile has all its rows. C is needed at the end, and fetched at the beginning, which makes a matmul
-// 5 % faster: a store, too, waits for its cache line.
+// rows <= most <= ROWS. `most` and `whole`, which says that rows == most, are constants in each
+// call: so the loops unroll, and the sums stay in registers. C is needed at the end, and fetched at
+// the beginning, which makes a matmul 5 % faster: a store, too, waits for its cache line.
 __attribute__((always_inline))
 static inline void tile_of(const int most, const int whole, Matrix c, Matrix a, const real *panel,
                            int rows, int columns, int depth, int mode, const real *bias) {
@@ -1166,9 +1170,8 @@ static inline void tile_of(const int most, const int whole, Matrix c, Matrix a, 
 
 // tile() is a function of its own on purpose: if it is inlined into the loops around it, GCC runs
 // out of registers and spills the sums. A stride that is the constant 1 needs no register, so there
-// is a form for A in place and one for A transposed; if that has all ROWS rows, their numbers are
-// neighbours, and one pointer serves for all. Two more are for few rows, as in generate.c: they
-// compute 4 or 8 in place of ROWS.
+// are forms for A in place, with up to 4, 8 or ROWS rows (generate.c has few); and for A
+// transposed: with ROWS rows, which are neighbours, so that one pointer serves for all, or fewer.
 enum { FEW = 4 };
 __attribute__((noinline))
 static void tile(Matrix c, Matrix a, const real *panel, int rows, int columns, int depth, int mode,
@@ -1193,9 +1196,9 @@ static void pack_rows(real *panels, Matrix a, int depth, int rows) {
   pack(panels, transpose(a), depth, rows, ROWS);
 }
 
-// The matmul of one thread with a B that has been packed: the panel of its column j is at panels +
-// j*height, where height is the depth with which it was packed. K may be less; and panels +
-// k*COLUMNS begins at row k of B.
+// The matmul of one thread with a B that has been packed. height is the depth with which it was: so
+// the panel of columns from j on is at panels + j*height. For rows k to k + K of B only, pass
+// panels + k*COLUMNS.
 static void multiply_packed(Matrix c, Matrix a, const real *panels, long height, int M, int N,
                             int K, int mode, const real *bias) {
   for (int j = 0; j < N; j += COLUMNS)
@@ -1204,7 +1207,9 @@ static void multiply_packed(Matrix c, Matrix a, const real *panels, long height,
            MIN(COLUMNS, N - j), K, mode, bias ? bias + j : NULL);
 }
 
-static real *scratch(long n) {   // n numbers that the thread may use until it calls this again
+// n numbers that the thread may use until it calls this again. multiply() does; multiply_packed()
+// does not.
+static real *scratch(long n) {
   static __thread real *memory;
   static __thread long size;
   if (n > size) {
@@ -1214,20 +1219,21 @@ static real *scratch(long n) {   // n numbers that the thread may use until it c
   return (real *)(((uintptr_t)memory + 63) / 64 * 64);
 }
 
-// The matmul of one thread, in blocks of DEPTH x MAX_COLUMNS of B.
+// The matmul of one thread, in blocks of DEPTH x BLOCK_COLUMNS of B.
 static void multiply(Matrix c, Matrix a, Matrix b, int M, int N, int K, int mode,
                      const real *bias) {
-  real *panels = scratch(DEPTH * (MAX_COLUMNS + MAX_ROWS)), *copies = panels + DEPTH*MAX_COLUMNS;
+  real *panels = scratch(DEPTH * (BLOCK_COLUMNS + BLOCK_ROWS));
+  real *copies = panels + DEPTH*BLOCK_COLUMNS;
   for (int k = 0; k < K; k += DEPTH)
-    for (int j = 0; j < N; j += MAX_COLUMNS) {
-      int depth = MIN(DEPTH, K - k), columns = MIN(MAX_COLUMNS, N - j);
+    for (int j = 0; j < N; j += BLOCK_COLUMNS) {
+      int depth = MIN(DEPTH, K - k), columns = MIN(BLOCK_COLUMNS, N - j);
       pack_columns(panels, part_of(b, k, j), depth, columns);
       for (int i = 0; i < M; i += ROWS) {
         Matrix a_part = part_of(a, i, k);
         if (a.right != 1) {
-          if (i % MAX_ROWS == 0)
-            pack_rows(copies, a_part, depth, MIN(MAX_ROWS, M - i));
-          a_part = transpose(rows_of(copies + i % MAX_ROWS * depth, ROWS));
+          if (i % BLOCK_ROWS == 0)
+            pack_rows(copies, a_part, depth, MIN(BLOCK_ROWS, M - i));
+          a_part = transpose(rows_of(copies + i % BLOCK_ROWS * depth, ROWS));
         }
         multiply_packed(part_of(c, i, j), a_part, panels, depth, MIN(ROWS, M - i), columns, depth,
                         k > 0 ? ADD : mode, bias ? bias + j : NULL);
@@ -1235,25 +1241,28 @@ static void multiply(Matrix c, Matrix a, Matrix b, int M, int N, int K, int mode
     }
 }
 
-// Weights that have been packed in advance: generate.c does that once, training never does.
-static struct Packed { const real *weights, *panels; } *packed;
+// Matrices that have been packed in advance: generate.c does that with the weights, once; training
+// never does.
+static struct Packed { Matrix b; const real *panels; } *packed;
 static int n_packed;
 
-// The matmul of all threads. They cut C into a grid of equal parts, 2 threads into 1 x 2 or 2 x 1,
-// 6 also into 2 x 3 or 3 x 2: whichever takes least time. (To pack a panel takes as long as two
-// tiles; to fetch the rows of A that a tile needs, as long as one, but only for the first panel.)
+// The matmul of all threads. They cut C into a grid of parts, as equal as whole tiles can be: for 6
+// threads 1 x 6, 2 x 3, 3 x 2 or 6 x 1, whichever takes least time. If a thread has t rows of tiles
+// and p panels, and a tile takes the time 1, then the tiles take t*p, packing about 2*p, and to
+// fetch the rows of A about t. The sum is (t + 2)(p + 1) - 2.
 static void matmul(Matrix c, Matrix a, Matrix b, int M, int N, int K, int mode, const real *bias) {
   if (PLAIN) { matmul_plain(c, a, b, M, N, K, mode, bias); return; }
   long tiles = (M + ROWS - 1) / ROWS, panels = (N + COLUMNS - 1) / COLUMNS, least = LONG_MAX;
   int down = 1, right = 1;                       // the grid
   for (int n = 1; n <= n_threads; n++) {
     int others = n_threads / n;
+    if (n * others < n_threads) continue;
     long time = ((tiles + n - 1) / n + 2) * ((panels + others - 1) / others + 1);
-    if (n * others == n_threads && time < least) least = time, down = n, right = others;
+    if (time < least) least = time, down = n, right = others;
   }
   const real *packed_b = NULL;
   for (int i = 0; i < n_packed; i++)
-    if (packed[i].weights == b.at) packed_b = packed[i].panels;
+    if (!memcmp(&packed[i].b, &b, sizeof b)) packed_b = packed[i].panels;
   parallel_for (part, n_threads) {
     long y = part / right, x = part % right;
     int i = tiles * y / down * ROWS, i1 = MIN(M, tiles * (y + 1) / down * ROWS);
@@ -1360,8 +1369,8 @@ static inline real tanh_(real u) { return 1 - 2 / (exp_(2*u) + 1); }   // for an
 //   key 1     0 x   x x   x x       x of query t. What a query does not see is 0. No product goes
 //   key 2           x x   x x       further than to the last key that one of its queries sees.
 //   key 3           0 x   x x
-//   key 4                 x x
-//   key 5                 0 x
+//   key 4                 x x       (0 times infinity is NaN: an infinite value would reach earlier
+//   key 5                 0 x       queries, too, unlike in the plain form.)
 
 static void attention_forward(Tensor out, Tensor lse, Tensor qkv, int B, int T, int C, int H) {
   if (PLAIN) { attention_plain_forward(out, lse, qkv, B, T, C, H); return; }
@@ -1377,6 +1386,7 @@ static void attention_forward(Tensor out, Tensor lse, Tensor qkv, int B, int T, 
     for (int i = 0; i < T; i += COLUMNS) {       // queries from i on; t is relative to i
       int queries = MIN(COLUMNS, T - i), keys = i + queries;
       real max[COLUMNS], sum[COLUMNS];           // of each query
+      // att: first q.k, then x of the picture
       multiply_packed(rows_of(att, COLUMNS), rows_of(a.k, row), qT_panels + (long)i*D, D, keys,
                       COLUMNS, D, SET, NULL);
       for (int t = 0; t < COLUMNS; t++) max[t] = -INFINITY, sum[t] = 0;
@@ -1388,7 +1398,7 @@ static void attention_forward(Tensor out, Tensor lse, Tensor qkv, int B, int T, 
         }
       for (int s = 0; s < keys; s++)
         NOT_UNROLLED
-        for (int t = 0; t < COLUMNS; t++) {      // max is subtracted, so that exp cannot overflow
+        for (int t = 0; t < COLUMNS; t++) {      // max, so that exp cannot overflow
           real x = exp_(att[s*COLUMNS + t] * scale - max[t]);
           sum[t] += att[s*COLUMNS + t] = s <= i + t ? x : 0;
         }
@@ -1407,15 +1417,19 @@ static void attention_forward(Tensor out, Tensor lse, Tensor qkv, int B, int T, 
 
 // For backward a block of queries meets a block of keys, so that att and dz of the two, and what is
 // packed, fit into the core's cache. Five products. For ROWS queries at a time:
-//   att from q k^T;  datt = dout v^T;  dq += dz k
+//   att from q k^T;  datt = dout v^T;  dq = or += dz k
 // then for ROWS keys at a time, with all queries of the block that see one of them:
-//   dv += att^T dout;  dk += dz^T q
-// Here t is relative to i, s to j, and dz has been divided by sqrt(D). ROWS divides QUERIES, so a
-// group of keys and the first query that sees one of them begin at multiples of ROWS: for this
-// query and later ones, att and dz were computed up to the last key of the group, 0 where it is not
-// seen. STRIDE, from row to row of att and dz, is an odd number of cache lines: rows a power of 2
-// apart would share few places in the cache.
-enum { QUERIES = 96, KEYS = 256, STRIDE = KEYS + CACHE_LINE };
+//   dv = or += att^T dout;  dk = or += dz^T q
+// The first block that reaches a row sets it, later ones add. For dq that is the first block of
+// keys; for a group of keys, the block with the first query that sees one of them.
+// Here t is relative to i, s to j, and dz has been divided by sqrt(D). t0 and s are multiples of
+// ROWS, and so is the first query that sees a group of keys: for this query and later ones, att and
+// dz were computed up to the last key of the group, 0 where it is not seen.
+enum {
+  QUERIES = 96, KEYS = 256,
+  STRIDE = KEYS + CACHE_LINE   // from row to row of att and dz, an odd number of cache lines: rows
+};                             // a power of 2 apart would share few places in the cache
+static_assert(QUERIES % ROWS == 0 && KEYS % COLUMNS == 0 && BLOCK_COLUMNS % COLUMNS == 0, "blocks");
 
 static void attention_backward(Tensor out, Tensor lse, Tensor qkv, int B, int T, int C, int H) {
   if (PLAIN) { attention_plain_backward(out, lse, qkv, B, T, C, H); return; }
@@ -1439,7 +1453,7 @@ static void attention_backward(Tensor out, Tensor lse, Tensor qkv, int B, int T,
       pack_columns(vT_panels, transpose(v), D, keys);
       for (long i = j; i < T; i += QUERIES) {    // queries from i on
         int queries = MIN((long)QUERIES, T - i);
-        int any_sees = MIN((long)keys, i + queries - j);   // keys that a query here sees
+        int keys_seen = MIN((long)keys, i + queries - j);   // by any query of the block
         Matrix q = rows_of(a.q + i*row, row), dout = rows_of(g.out + i*C, C);
         pack_columns(q_panels, q, queries, D);
         pack_columns(dout_panels, dout, queries, D);
@@ -1447,23 +1461,23 @@ static void attention_backward(Tensor out, Tensor lse, Tensor qkv, int B, int T,
           int rows = MIN(ROWS, queries - t0), seen = MIN((long)keys, i + t0 + rows - j);
           Matrix att_t0 = rows_of(att + t0*STRIDE, STRIDE), dz_t0 = rows_of(dz + t0*STRIDE, STRIDE);
           Matrix dq = rows_of(g.q + (i + t0)*row, row);
-          int width = padded(seen);
+          int width = padded(seen);              // whole tiles
           multiply_packed(att_t0, part_of(q, t0, 0), kT_panels, D, rows, width, D, SET, NULL);
           multiply_packed(dz_t0, part_of(dout, t0, 0), vT_panels, D, rows, width, D, SET, NULL);
           for (int t = t0; t < t0 + rows; t++) {
             real *att_t = att + t*STRIDE, *dz_t = dz + t*STRIDE;
             real lse_t = a.lse[i + t], dot = dout_dot_out[i + t];
-            for (int s = 0; s < width; s++) {    // dz[] had datt until now
+            for (int s = 0; s < width; s++) {    // att had q.k until now, dz had datt
               att_t[s] = j + s <= i + t ? exp_(att_t[s] * scale - lse_t) : 0;
               dz_t[s] = att_t[s] * (dz_t[s] - dot) * scale;
             }
           }
           multiply_packed(dq, dz_t0, k_panels, keys, rows, D, seen, j > 0 ? ADD : SET, NULL);
         }
-        for (int s = 0; s < any_sees; s += ROWS) {   // dk and dv of ROWS keys
-          int rows = MIN(ROWS, any_sees - s);
+        for (int s = 0; s < keys_seen; s += ROWS) {   // dk and dv of ROWS keys
+          int rows = MIN(ROWS, keys_seen - s);
           int t = MAX(0, j + s - i);             // the first query that sees the first of them
-          int mode = j + s < i ? ADD : SET;      // did queries before i see them?
+          int mode = j + s < i ? ADD : SET;      // have queries before i seen them?
           Matrix att_s = transpose(rows_of(att + t*STRIDE + s, STRIDE));
           Matrix dz_s = transpose(rows_of(dz + t*STRIDE + s, STRIDE));
           multiply_packed(rows_of(g.v + (j + s)*row, row), att_s, dout_panels + t*COLUMNS, queries,
