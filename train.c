@@ -1131,7 +1131,8 @@ static inline void pack(real *panels, Matrix m, int depth, int columns, const in
 // One tile: c[i,j] = sum_k a[i,k] panel[k,j] + (c[i,j] if mode is ADD, else bias[j] or 0), for
 // rows <= most <= ROWS. `most` and `whole`, which says that rows == most, are constants in each
 // call: so the loops unroll, and the sums stay in registers. C is needed at the end, and fetched at
-// the beginning, which makes a matmul 5 % faster: a store, too, waits for its cache line.
+// the beginning, which makes a matmul 5 % faster: a store, too, waits for its cache line. The panel
+// is fetched 32 steps ahead: so generate.c, which packs once, reads its weights a quarter faster.
 __attribute__((always_inline))
 static inline void tile_of(const int most, const int whole, Matrix c, Matrix a, const real *panel,
                            int rows, int columns, int depth, int mode, const real *bias) {
@@ -1145,6 +1146,7 @@ static inline void tile_of(const int most, const int whole, Matrix c, Matrix a, 
   for (int i = 0; i < rows; i++)
     for (int j = 0; j < columns; j += CACHE_LINE) __builtin_prefetch(c.at + i*c.down + j, 1);
   for (int k = 0; k < depth; k++, panel += COLUMNS) {
+    for (int j = 0; j < COLUMNS; j += CACHE_LINE) __builtin_prefetch(panel + 32*COLUMNS + j);
     vec b0 = *(const vec *)panel, b1 = *(const vec *)(panel + VECTOR);
     UNROLL for (int i = 0; i < most; i++) {
       real x = a_row[i][k*a.right];
