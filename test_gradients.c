@@ -1499,8 +1499,7 @@ static void check_refusal(const char *what, void (*call)(void), const char *word
     _exit(0);
   }
   close(ends[1]);
-  for (long n = 0, part = 1; part > 0; n += part)
-    part = MAX(0, read(ends[0], message + n, sizeof message - 1 - n));
+  for (long n = 0, part; (part = read(ends[0], message + n, sizeof message - 1 - n)) > 0;) n += part;
   close(ends[0]);
   waitpid(child, &status, 0);
   expect(WIFEXITED(status) && WEXITSTATUS(status) == 1 && strstr(message, words), what,
@@ -1606,7 +1605,7 @@ static void check_accumulation(Trainer *t) {
   set_options(PIECE_T, 0.1, 1);
   for (int i = 0; i < N_OPTIMIZERS; i++) {
     const long tokens = UPDATES * PIECES * PIECE_B * PIECE_T, n = t->model.count;
-    double rate = optimizers[i].learning_rate, bar = IS_DOUBLE ? 1e-12 : 1e-5;
+    double rate = optimizers[i].learning_rate, bar = IS_DOUBLE ? 1e-12 : 4e-6;
     UpdateRow a[UPDATES], b[UPDATES], *x = &a[UPDATES - 1], *y = &b[UPDATES - 1];
     double *pieces = run_updates(t, i, rate, UPDATES, PIECES, PIECE_B, a);
     int counted = t->tokens == tokens && t->updates == UPDATES;

@@ -1006,7 +1006,7 @@ static void attention_plain_backward(Tensor out, Tensor lse, Tensor qkv, int B, 
       for (long s = 0; s <= t; s++) {
         real datt = SUM(real, d, D, g.out[t*C + d] * a.v[s*row + d]);
         real att = exp_(z_of(a.q + t*row, a.k + s*row, D) - a.lse[t]);
-        real dz = att * (datt - dout_dot_out) / sqrt((real)D);   // that of above, / sqrt(D)
+        real dz = att * (datt - dout_dot_out) / sqrt((real)D);   // dz of above / sqrt(D)
         for (int d = 0; d < D; d++) {
           g.v[s*row + d] += att * g.out[t*C + d];
           g.q[t*row + d] += dz * a.k[s*row + d];
