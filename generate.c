@@ -143,8 +143,9 @@ static void pack_weight(Matrix w, int C, int O) {
 }
 
 static void pack_weights(Model *m) {
-  packed = (struct Packed *)host_alloc(packed, (n_packed + m->n_parameters) * sizeof *packed);
-  for (Entry *e = m->parameter; e < m->parameter + m->n_parameters; e++) {
+  int n = n_packed + m->n_parameter_tensors;
+  packed = (struct Packed *)host_alloc(packed, n * sizeof *packed);
+  for (Entry *e = m->parameter; e < m->parameter + m->n_parameter_tensors; e++) {
     Matrix w = rows_of(e->tensor->data, e->cols);
     if (e->tensor == &m->wte) pack_weight(transpose(w), e->cols, e->rows);
     else if (e->cols && e->tensor != &m->wpe) pack_weight(w, e->rows, e->cols);
@@ -613,7 +614,7 @@ static void bench(Writer *w) {
   int T = MIN(m->config.block_size, 128);
   double bytes = (double)m->n_weights * sizeof(real), took[2][100*TURN];
   unsigned char byte[BENCH_ROWS] = {0};
-  printf("%.2f M parameters, %.1f MB of weights, threads %d\n", m->count / 1e6, bytes / 1e6,
+  printf("%.2f M parameters, %.1f MB of weights, threads %d\n", m->n_parameters / 1e6, bytes / 1e6,
          n_threads);
   for (int rows = 1; rows <= w->max_rows; rows *= 2) {
     int n = 0;
@@ -715,7 +716,7 @@ int main(int argc, char **argv) {
   int cores = (int)MAX(1, MIN(1024, sysconf(_SC_NPROCESSORS_ONLN)));
   int few = 700000;   // parameters: below this, one thread ends before others could help
   writer_layout(&w, config, rows, gen.bench ? 1024 : prompt.n + gen.tokens);
-  device_start(gen.threads ? gen.threads : w.model.count < few ? 1 : cores, "fp32");
+  device_start(gen.threads ? gen.threads : w.model.n_parameters < few ? 1 : cores, "fp32");
   if (random) model_allocate(&w.model), model_init(&w.model, 1);
   else model_load(&w.model, gen.folder);
   pack_weights(&w.model);
@@ -753,7 +754,7 @@ static void test_model(Writer *w, int V, int T, int C, int max_rows, long n) {
   writer_allocate(w);
   model_init(&w->model, 5);
   for (long i = 0; i < w->model.n_weights; i++)
-    if (i < w->model.n_matrices) w->model.weights.data[i] *= 12;
+    if (i < w->model.n_in_matrices) w->model.weights.data[i] *= 12;
     else w->model.weights.data[i] += (real)(0.2 * random_normal(7, i));
   pack_weights(&w->model);
 }

@@ -16,10 +16,11 @@
 //   ./test_gradients layernorm gelu      these layers; --help lists them
 //   ./test_gradients --save FILE, --against FILE     section 6
 //
-// This file becomes several programs: in double and in float, each with train.c or with the kernels
-// of train_gpu.cu. Each checks itself. In float finite differences of the layer would fail
-// (section 3 shows it), those of the plain version in double do not. And each compares a training
-// step of a small model, tensor by tensor, with what the first program has saved.
+// `make test` builds five programs from this file: in double and in float with train.c, in double
+// with its plain matmul and attention, and in double and in float with the kernels of train_gpu.cu.
+// Finite differences in float would be off by 1e-7 / h, so they are taken of plain versions in
+// double. The float and the GPU programs also compare a training step of a small model, tensor by
+// tensor, with what the first program has saved.
 //
 // Sections: 1 finite differences and the verdict, 2 layers, 3 the whole model, optimizers, matmul,
 // 4 single-step and multi-step, 5 a model small enough to solve by hand, 6 somebody else's numbers,
@@ -141,7 +142,7 @@ typedef struct {
   const char *layer, *tensor;
   int rows, cols;
   const double *got, *want;
-  const double *before;         // what a gradient that adds found there (not in got), or NULL
+  const double *before;         // of a gradient that is added to: the value before; not in got
   const Shape *shape;           // or NULL
   double bar;                   // the largest error allowed, relative to the size of want
   const double *x, *dout;       // the layer's input and the gradient given to it, if they have the
@@ -155,7 +156,8 @@ static enum { ALL_ROWS, FAILURES, NO_ROWS } shown_rows;
 static const double BAR = IS_DOUBLE ? 1e-8 : 1e-4;
 static char first_failure[80];
 
-// The error of element i, relative to the root mean square of the tensor.
+// The error of element i, relative to the root mean square of the tensor; 0 where got and want are
+// equal (0/0 otherwise), INFINITY where got is NaN.
 static double error_at(const Comparison *c, double size, long i) {
   double error = fabs(c->got[i] - c->want[i]);
   return error == 0 ? 0 : error <= INFINITY ? error / size : INFINITY;
@@ -174,34 +176,6 @@ static void say_factor(double k, const Shape *s) {
   }
 }
 
-// What the elements of a set have in common, as a sentence; returns 0 if it is nothing simple.
-static int say_how(const Comparison *c, const char *in_set, double size) {
-  long n = (long)c->rows * c->cols, count = 0, nan = 0, zeros = 0, overwritten = 0;
-  double gw = 0, ww = 0, residual = 0, close = MAX(1e-6, c->bar) * size;
-  for (long i = 0; i < n; i++) {
-    if (!in_set[i]) continue;
-    count++;
-    nan += isnan(c->got[i]) != 0;
-    zeros += fabs(c->got[i]) <= close;
-    overwritten += c->before && fabs(c->got[i] + c->before[i] - c->want[i]) <= close;
-    gw += c->got[i] * c->want[i];
-    ww += c->want[i] * c->want[i];
-  }
-  double k = gw / ww;
-  for (long i = 0; i < n; i++)
-    if (in_set[i]) residual = MAX(residual, fabs(c->got[i] - k * c->want[i]));
-  if (nan == count)
-    printf("NaN: never written, or added (+=) to where it must be set (=)");
-  else if (nan > 0) printf("%ld of %ld are NaN, as if never written", nan, count);
-  else if (overwritten == count) printf("set (=) where it must be added (+=) to what was there");
-  else if (zeros == count) printf("zero: this part is missing");
-  else if (residual <= close * MAX(1, fabs(k)) && fabs(k + 1) < 1e-6) printf("the sign is flipped");
-  else if (count > 1 && residual <= close * MAX(1, fabs(k)) && fabs(k - 1) > 1e-4)
-    say_factor(k, c->shape);
-  else return 0;
-  return 1;
-}
-
 // A term that an error may consist of, for element i. For gelu, h = tanh(u) and u = a (x + b x^3).
 static double term_at(const Comparison *c, char term, long i) {
   double x = c->x ? c->x[i] : NAN, dout = c->dout ? c->dout[i] : NAN;
@@ -218,10 +192,9 @@ static double term_at(const Comparison *c, char term, long i) {
   }
 }
 
-// Is the error in each line a combination of one or two terms? (A least-squares fit: what lies
-// along the first term is taken out of the second and of the error, then what lies along the
-// second.) A line is a row, 'r', a column, 'c', or all elements, 'a'. factor[] is that of the first
-// term in got, in the first line and in the last: 1 where it is right.
+// Is the error got - want, in each line, a sum of multiples of one or two terms? (Least squares, by
+// Gram-Schmidt.) A line is a row 'r', a column 'c', or the whole tensor 'a'. factor[0] and
+// factor[1]: how many times got has the first term, in the first line and in the last; 1 is right.
 static int fits(const Comparison *c, const char *wrong, double size, char line, const char *terms,
                 double *factor) {
   long rows = c->rows, cols = c->cols, n = rows * cols, seen = 0;
@@ -252,6 +225,28 @@ static int fits(const Comparison *c, const char *wrong, double size, char line, 
   return ok && seen > 2 * k * used;      // fewer numbers would fit anything
 }
 
+// What the elements of a set have in common, as a sentence; returns 0 if it is nothing simple.
+static int say_how(const Comparison *c, const char *in_set, double size) {
+  long n = (long)c->rows * c->cols, count = 0, nan = 0, zeros = 0, overwritten = 0;
+  double close = MAX(1e-6, c->bar) * size, factor[2];
+  for (long i = 0; i < n; i++) {
+    if (!in_set[i]) continue;
+    count++;
+    nan += isnan(c->got[i]) != 0;
+    zeros += fabs(c->got[i]) <= close;
+    overwritten += c->before && fabs(c->got[i] + c->before[i] - c->want[i]) <= close;
+  }
+  if (nan == count)
+    printf("NaN: never written, or added (+=) to where it must be set (=)");
+  else if (nan > 0) printf("%ld of %ld are NaN, as if never written", nan, count);
+  else if (overwritten == count) printf("set (=) where it must be added (+=) to what was there");
+  else if (zeros == count) printf("zero: this part is missing");
+  else if (!fits(c, in_set, size, 'a', "w", factor) || fabs(factor[0] - 1) < 1e-4) return 0;
+  else if (fabs(factor[0] + 1) < 1e-6) printf("the sign is flipped");
+  else say_factor(factor[0], c->shape);
+  return 1;
+}
+
 // Names the terms that make up the error, which is in `set`: all elements, or else the wrong ones.
 static int say_terms(const Comparison *c, const char *set, double size, int is_all) {
   const char *known[][3] = {
@@ -277,8 +272,8 @@ static int say_terms(const Comparison *c, const char *set, double size, int is_a
   return 0;
 }
 
-// Is at most one element of each row wrong? 2: it is the one with the largest derivative, which in
-// a softmax with cross-entropy is the target's.
+// 0: no. 1: each row has at most one wrong element. 2: and that has the row's largest derivative:
+// in softmax with cross-entropy, the target's.
 static int one_a_row(const Comparison *c, const char *wrong) {
   int largest = 1, rows = 0;
   for (long at = 0; at < (long)c->rows * c->cols; at += c->cols) {
@@ -816,25 +811,23 @@ static double check_elements(Case *c, int i, const char *tensor, const double *g
   return compare(row);
 }
 
-// What the gradient promises for the numbers begin..end-1 along a direction, and what is found.
-typedef struct { double promised, found; } Slope;
-static Slope slope_in(Case *c, int i, const double *got, const double *direction, long begin,
-                      long end) {
-  Slope s = {(double)dot(got + begin, direction + begin, end - begin),
-             slope(function_of(c), c->data[i] + begin, end - begin, direction + begin)};
-  return s;
+// By how much the slope that the gradient promises, along `direction` and for the numbers
+// begin..end-1, exceeds the one that is measured.
+static double excess(Case *c, int i, const double *got, const double *direction, long begin,
+                     long end) {
+  return (double)dot(got + begin, direction + begin, end - begin)
+       - slope(function_of(c), c->data[i] + begin, end - begin, direction + begin);
 }
 
-// The first wrong number, or the last, by halving: of two halves that are wrong, the outer one.
+// The first wrong number, or the last, by halving: the half at that end is kept if it is wrong,
+// else the other.
 static long outermost(Case *c, int i, const double *got, const double *direction, double limit,
                       int last) {
   long begin = 0, end = count_in(c, i);
   while (end - begin > 1) {
-    long middle = (begin + end) / 2;
-    Slope half = last ? slope_in(c, i, got, direction, middle, end)
-                      : slope_in(c, i, got, direction, begin, middle);
-    int wrong = !(fabs(half.promised - half.found) <= limit);
-    if (wrong == last) begin = middle;   // `half` was the later one if `last`
+    long middle = (begin + end) / 2, from = last ? middle : begin, to = last ? end : middle;
+    int wrong = !(fabs(excess(c, i, got, direction, from, to)) <= limit);
+    if (wrong == last) begin = middle;
     else end = middle;
   }
   return begin;
@@ -845,19 +838,18 @@ static long outermost(Case *c, int i, const double *got, const double *direction
 // the first and the last wrong one are found in few steps.
 static double check_direction(Case *c, int i, const char *tensor, const double *got) {
   long n = count_in(c, i), cols = c->spec[i].cols, T = c->s.T;
-  double *direction = random_numbers(n, 400 + i);
-  Slope all = slope_in(c, i, got, direction, 0, n);
-  double size = MAX(norm_of(got, n), fabs(all.found));
-  double error = fabs(all.promised - all.found) / size;
+  double *direction = random_numbers(n, 400 + i), promised = (double)dot(got, direction, n);
+  double missed = excess(c, i, got, direction, 0, n), found = promised - missed;
+  double size = MAX(norm_of(got, n), fabs(found)), error = fabs(missed) / size;
   int ok = count_verdict(error <= BAR, c->layer->name, tensor);
   printf("%-22s %-11s %7ld  %-10.1e %-9s %14.6e %14.6e  %s\n", c->layer->name, tensor, n, error,
-         "a slope", all.promised, all.found, ok ? "ok" : "FAIL");
+         "a slope", promised, found, ok ? "ok" : "FAIL");
   for (int last = 0; last < 2 && !ok; last++) {
     long at = outermost(c, i, got, direction, BAR * size, last), t = at / cols % T;
-    Slope one = slope_in(c, i, got, direction, at, at + 1);
+    double want = got[at] - excess(c, i, got, direction, at, at + 1) / direction[at];
     printf("    the %s wrong one is [%ld,%ld] of [%ld,%ld]: %.6g, not %.6g%s\n",
-           last ? "last" : "first", at / cols, at % cols, n / cols, cols, got[at],
-           one.found / direction[at], !last && c->spec[i].rows == c->s.B * T && t > 0 && t % 32 == 0
+           last ? "last" : "first", at / cols, at % cols, n / cols, cols, got[at], want,
+           !last && c->spec[i].rows == c->s.B * T && t > 0 && t % 32 == 0
            ? "; a tile begins there" : "");
   }
   return error;
@@ -889,8 +881,8 @@ static const struct {
   const char *only;                      // the layers that are tried; NULL: all
 } tries[] = {
   {{3, 7, 24, 3, 29, 10}, 1, NULL},      // sizes that no tile, vector or CUDA block divides
-  {{2, 135, 150, 3, 301, 77}, 0, NULL},  // more than one of each, in every direction
-  {{2, 3, 21, 7, 7, 9}, 1, NULL},        // lengths that leave 1, 2 and 3 of 4, and 7 of 16; one
+  {{2, 135, 150, 3, 301, 77}, 0, NULL},  // several tiles, vectors, CUDA blocks each way
+  {{2, 3, 21, 7, 7, 9}, 1, NULL},        // remainders 1, 2 and 3 of 4, and 7 of 16; one
   {{1, 5, 23, 1, 10, 3}, 1, NULL},       //   token, one sequence, one head, one channel a head
   {{5, 1, 13, 13, 33, 17}, 1, NULL},
   {{1, 513, 14, 2, 29, 10}, 0, "attention embedding"},   // one key, or row, in the last block
@@ -909,8 +901,8 @@ static int wanted(const char *name) {
 
 static void check_layers(void) {
   printf("Layers. Every number of every input is moved (B 3, T 7, C 24, H 3, V 29, O 10); beyond\n"
-         "a tile (B 2, T 135, C 150, H 3, V 301, O 77) all at once, in a random direction. Then\n"
-         "every number at 3 odd shapes; of those rows only failures are shown.\n");
+         "a tile (B 2, T 135, C 150, H 3, V 301, O 77) all at once, in a random direction. At 3\n"
+         "more small shapes every number again; of these rows only failures are shown.\n");
   heading("backward", "finite diff.");
   for (int i = 0; i < n_layers; i++) {
     int failed_before = failed;
@@ -984,7 +976,7 @@ static void check_functions(void) {
 #endif
 
 // ---- 3. The whole model -----------------------------------------------------------------------
-// A GPT of 4236 parameters on a text of 29 letters, with weights so large that each layer matters.
+// A GPT of 6120 parameters on a text of 29 letters, with weights so large that each layer matters.
 
 static const char POEM[] =   // Longfellow 1838
   "tell me not, in mournful numbers, life is but an empty dream. for the soul is dead that "
@@ -1004,40 +996,26 @@ static const unsigned char *poem(void) {
 
 typedef struct { int B, T, at; } Piece;   // a micro-batch: B sequences of T letters, from `at` on
 static const Piece PIECE = {3, 7, 5};
-enum { MAX_TOKENS = 100, MAX_PIECES = 64 };
+enum { MAX_TOKENS = 100 };
 
-// Parameters, or their gradients, one after the other in the order of the list.
-static double *fetch_parameters(const Model *m, const real *base) {
-  double *all = new_doubles(m->count), *packed = all;
-  for (Entry *e = m->parameter; e < m->parameter + m->n_parameters; packed += entry_count(e++))
-    get(packed, base + e->data_at, entry_count(e));
-  return all;
-}
-
-static void put_parameters(const double *packed, const Model *m, real *base) {
-  for (Entry *e = m->parameter; e < m->parameter + m->n_parameters; packed += entry_count(e++))
-    put(base + e->data_at, packed, entry_count(e));
-}
-
-// The name of the first parameter, in backward order, in which two such lists differ; or NULL.
+// The n_weights numbers of m->weights.data or .grad: those of an entry begin at data_at, and what
+// pads it is 0. The name of the first parameter, in backward order, in which two of them differ.
 static const char *first_difference(const Model *m, const double *x, const double *y) {
-  const char *name = NULL;
-  for (Entry *e = m->parameter; e < m->parameter + m->n_parameters; e++) {
-    long n = entry_count(e);
-    if (memcmp(x, y, n * sizeof(double))) name = e->name;   // the last of the list
-    x += n; y += n;
-  }
+  const char *name = NULL;                         // in the end: the last of the list
+  for (Entry *e = m->parameter; e < m->parameter + m->n_parameter_tensors; e++)
+    if (memcmp(x + e->data_at, y + e->data_at, entry_count(e) * sizeof(double))) name = e->name;
   return name;
 }
 
-static double *random_parameters(const Model *m) {
-  double *all = new_doubles(m->count), *w = all;
-  for (int i = 0; i < m->n_parameters; i++) {
+static double *random_weights(const Model *m) {
+  double *w = new_doubles(m->n_weights);
+  for (int i = 0; i < m->n_parameter_tensors; i++) {
     const Entry *e = &m->parameter[i];
     double std = i < 2 ? 1 : 0.3;                  // wte and wpe; the others
-    for (long j = 0; j < entry_count(e); j++) *w++ = e->mean + std * random_normal(500 + i, j);
+    for (long j = 0; j < entry_count(e); j++)
+      w[e->data_at + j] = e->mean + std * random_normal(500 + i, j);
   }
-  return all;
+  return w;
 }
 
 static void poison(void *model) {                  // what is read before it is written is NaN
@@ -1058,8 +1036,8 @@ static Trainer *new_trainer(Config config, int unshared) {
 
 static void reset(Trainer *t) {                    // to random weights and no state
   Model *m = &t->model;
-  double *w = random_parameters(m), *zeros = new_doubles(m->n_weights);
-  put_parameters(w, m, m->weights.data);
+  double *w = random_weights(m), *zeros = new_doubles(m->n_weights);
+  put(m->weights.data, w, m->n_weights);
   put(t->moment_m, zeros, m->n_weights);
   put(t->moment_v, zeros, m->n_weights);
   t->updates = t->tokens = 0;
@@ -1090,22 +1068,12 @@ static const char *suspects(const char *name) {
   return "";
 }
 
-// Says where to look. right[i]: the gradient of parameter i is right; layer: what failed alone.
-static void localise(const Model *m, const char *right, const char *layer) {
-  const char *above = NULL, *wrong = NULL;
-  int only_wte = 1;
-  for (int i = m->n_parameters - 1; i >= 0 && !wrong; i--) {   // wpe and wte come last in backward
-    if (right[i]) above = m->parameter[i].name;
-    else wrong = m->parameter[i].name;
-  }
-  for (int i = 1; i < m->n_parameters; i++) only_wte &= right[i];
-  if (!wrong) return;
-  if (only_wte) printf("  All are right but %s", wrong);
-  else if (above) printf("  In backward order %s is right, then %s is wrong", above, wrong);
-  else printf("  %s, the first in backward order, is wrong", wrong);
-  if (*layer) printf(": look at\n  %s. (Alone, %s failed first.)\n", suspects(wrong), layer);
-  else printf(". Each layer is right alone:\n  look at how forward() and backward() call them, and "
-              "at what they pass, near\n  %s\n", suspects(wrong));
+// Says where to look: `wrong` is the first wrong tensor, `right` the one before it, or "".
+static void localise(const char *right, const char *wrong, const char *where) {
+  printf("The first, in the order in which they are computed, is %s;\n%s%s", wrong,
+         *right ? right : "nothing before it was compared",
+         *right ? ", before it, is right: look at what lies between them" : "");
+  printf(*where ? ": %s\n" : "\n", where);
 }
 
 typedef struct { Model *m; Entry *e; double *data; } Moved;   // a parameter, and moved numbers
@@ -1132,93 +1100,103 @@ static double *model_slopes(Model *m, Entry *e) {
 static void check_model(void) {
   char layer[sizeof first_failure];
   memcpy(layer, first_failure, sizeof layer);
-  Trainer *t = new_trainer(TINY, 1), *shared = new_trainer(TINY, 0);
+  Trainer *t = new_trainer(TINY, 1);
   Model *m = &t->model;
-  char *right = (char *)host_alloc(NULL, m->n_parameters);
+  const char *right = "", *wrong = NULL;
   Shape shape = {PIECE.B, PIECE.T, TINY.n_embd, TINY.n_head, LETTERS, 0};
-  reset(t); reset(shared);
+  reset(t);
   run_piece(m, PIECE, 1.0 / (PIECE.B * PIECE.T));
-  run_piece(&shared->model, PIECE, 1.0 / (PIECE.B * PIECE.T));
-  double *grad = fetch_parameters(m, m->weights.grad), *got = grad + m->count;
-  double *other = fetch_parameters(&shared->model, shared->model.weights.grad);
+  double *grad = fetch(m->weights.grad, m->n_weights);
   printf("\nThe whole model, in backward order: L %d, H %d, C %d, T %d, V %d, B %d\n",
          TINY.n_layer, TINY.n_head, TINY.n_embd, PIECE.T, LETTERS, PIECE.B);
   heading("backward", "finite diff.");
   worst_absolute = 0;
   brief = *layer != 0;   // the layer alone has been diagnosed; here its error spreads
-  for (int i = m->n_parameters - 1; i >= 0; i--) {   // the list has the order of forward
+  for (int i = m->n_parameter_tensors - 1; i >= 0; i--) {   // the list has the order of forward
     Entry *e = &m->parameter[i];
-    got -= entry_count(e);
-    Comparison row = {e->name, "", e->rows, MAX(1, e->cols), got, model_slopes(m, e), NULL, &shape,
-                      BAR, NULL, NULL};
-    right[i] = compare(row) <= BAR;
-    if (!right[i]) brief = 1;            // what follows from the first needs no diagnosis
+    Comparison row = {e->name, "", e->rows, MAX(1, e->cols), grad + e->data_at,
+                      model_slopes(m, e), NULL, &shape, BAR, NULL, NULL};
+    if (!(compare(row) <= BAR) && !wrong) wrong = e->name;
+    if (!wrong) right = e->name;
+    else brief = 1;                      // what follows from the first needs no diagnosis
   }
   printf("An absolute tolerance of 2e-2 %s here: the worst is %.1e\n",
          worst_absolute <= 0.02 ? "passes" : "fails", worst_absolute);
-  localise(m, right, layer);
+  if (wrong) {
+    localise(right, wrong, suspects(wrong));
+    if (*layer) printf("Alone, %s failed first.\n", layer);
+    else printf("Each layer is right alone: look at how forward() and backward() call them.\n");
+  }
   brief = 0;
-  const char *differs = first_difference(m, grad, other);
-  expect(!differs, "with memory shared between activations", differs ? "%s differs: look at the "
-         "table of Place" : "the same gradients, bit for bit%s", differs ? differs : "");
 }
 
-// In float each number is rounded to 24 bits, 6e-8 of its size, and so is each result. So a
-// difference of two losses is inexact by 1e-7 / h, and no h is right: a large one is not near the
-// limit.
-static void show_float_differences(void) {
-  Trainer *t = new_trainer(TINY, 0);
-  Model *m = &t->model;
-  Entry *wpe = &m->parameter[1];
-  reset(t);
-  run_piece(m, PIECE, 1.0 / (PIECE.B * PIECE.T));
-  double *grad = fetch(m->wpe.grad, entry_count(wpe));
-  double apart = distance(model_slopes(m, wpe), grad, entry_count(wpe));
-  expect(apart > BAR, "finite differences in float", "of a right gradient are %.1e off: so they "
-         "are taken of plain versions in double", apart);
+static void expect_same(const Model *m, const double *x, const double *y, const char *what,
+                        const char *where) {
+  const char *differs = first_difference(m, x, y);
+  expect(!differs, what, differs ? "%s differs%s" : "the same bits", differs, where);
+}
+
+// The model's tensors share memory, see Place. With memory of their own the gradients must have the
+// same bits. And the operations that --profile counts must be those of model_flop(), and those that
+// the backward pass of attention computes again: the scores (a GPU: twice, and datt).
+static void check_shared_memory(void) {
+  double *grad[2], N = PIECE.B * PIECE.T, flop = 0;
+  double again = N * PIECE.T * TINY.n_embd * TINY.n_layer;
+  Model *m = NULL;
+#ifdef GPU
+  again *= 3;
+#endif
+  for (int unshared = 0; unshared < 2; unshared++) {
+    Trainer *t = new_trainer(TINY, unshared);
+    m = &t->model;
+    reset(t);
+    memset(profile, 0, sizeof profile);
+    opt.profile = 1;
+    run_piece(m, PIECE, 1 / N);
+    opt.profile = 0;
+    grad[unshared] = fetch(m->weights.grad, m->n_weights);
+  }
+  expect_same(m, grad[0], grad[1], "with memory shared between activations", ": look at the table "
+              "of Place");
+  for (struct Profile *p = profile; *p->name; p++) flop += p->flop;
+  expect(flop == model_flop(m, N, PIECE.T) + again, "--profile", "%.0f operations, expected %.0f",
+         flop, model_flop(m, N, PIECE.T) + again);
 }
 
 // ---- Every optimizer against its formula
 
-// The same formulas as papers have them. A function for each name in the table of train.c: for a
-// new optimizer the compiler asks for its own.
-typedef struct { double w, m, v, rate, b1, b2, decay; int step; } Plain;
-static void plain_sgd(Plain *p, double g) { p->w -= p->rate * (g + p->decay * p->w); }
-static void plain_momentum(Plain *p, double g) {
-  p->m = p->b1 * p->m + g + p->decay * p->w;
-  p->w -= p->rate * p->m;
+// The same formulas as papers have them, for one weight; decay is 0 if it is of a vector.
+typedef struct { double w, m, v, decay; } Plain;
+static void plain_step(int optimizer, Plain *p, double g, double rate, int step) {
+  const double b1 = opt.beta1, b2 = opt.beta2;
+  double move = 0;
+  if (optimizer == adamw) p->w -= rate * p->decay * p->w;
+  else g += p->decay * p->w;
+  switch (optimizer) {
+  case sgd: move = g; break;
+  case momentum: move = p->m = b1 * p->m + g; break;
+  case adagrad:
+    p->v += g*g;
+    move = g / (sqrt(p->v) + 1e-8);
+    break;
+  case rmsprop:
+    p->v = b2 * p->v + (1 - b2) * g*g;
+    move = g / (sqrt(p->v) + 1e-8);
+    break;
+  case adadelta:
+    p->v = b2 * p->v + (1 - b2) * g*g;
+    move = sqrt(p->m + 1e-6) / sqrt(p->v + 1e-6) * g;
+    p->m = b2 * p->m + (1 - b2) * move*move;
+    break;
+  case adam: case adamw:
+    p->m = b1 * p->m + (1 - b1) * g;
+    p->v = b2 * p->v + (1 - b2) * g*g;
+    move = p->m / (1 - pow(b1, step)) / (sqrt(p->v / (1 - pow(b2, step))) + 1e-8);
+    break;
+  default: die("plain_step() lacks a case for --optimizer %s", optimizers[optimizer].name);
+  }
+  p->w -= rate * move;
 }
-static void plain_adagrad(Plain *p, double g) {
-  g += p->decay * p->w;
-  p->v += g*g;
-  p->w -= p->rate * g / (sqrt(p->v) + 1e-8);
-}
-static void plain_rmsprop(Plain *p, double g) {
-  g += p->decay * p->w;
-  p->v = p->b2 * p->v + (1 - p->b2) * g*g;
-  p->w -= p->rate * g / (sqrt(p->v) + 1e-8);
-}
-static void plain_adadelta(Plain *p, double g) {
-  g += p->decay * p->w;
-  p->v = p->b2 * p->v + (1 - p->b2) * g*g;
-  double move = sqrt(p->m + 1e-6) / sqrt(p->v + 1e-6) * g;
-  p->m = p->b2 * p->m + (1 - p->b2) * move*move;
-  p->w -= p->rate * move;
-}
-static void adam_step(Plain *p, double g) {
-  p->m = p->b1 * p->m + (1 - p->b1) * g;
-  p->v = p->b2 * p->v + (1 - p->b2) * g*g;
-  double m_hat = p->m / (1 - pow(p->b1, p->step)), v_hat = p->v / (1 - pow(p->b2, p->step));
-  p->w -= p->rate * m_hat / (sqrt(v_hat) + 1e-8);
-}
-static void plain_adam(Plain *p, double g) { adam_step(p, g + p->decay * p->w); }
-static void plain_adamw(Plain *p, double g) {
-  p->w -= p->rate * p->decay * p->w;
-  adam_step(p, g);
-}
-
-#define PLAIN_STEP(name, ...) plain_##name,
-static void (*const plain_steps[])(Plain *, double) = {OPTIMIZERS(PLAIN_STEP)};
 
 // The options of update(), for windows of T letters of the poem.
 static void set_options(int T, double weight_decay, double grad_clip) {
@@ -1230,11 +1208,11 @@ static void set_options(int T, double weight_decay, double grad_clip) {
   n_trainers = 1;
 }
 
-// An update from the gradients that are there.
+// The optimizer's part of an update, with the gradients that are in m->weights.grad.
 static void apply(Trainer *t, int optimizer, double rate) {
   opt.optimizer = optimizers[optimizer].name;
-  t->config = optimizer_config(t);
-  t->config.learning_rate = (real)rate;
+  t->optimizer = optimizer_config(t);
+  t->optimizer.learning_rate = (real)rate;
   launch(apply_gradients, t);
 }
 
@@ -1242,28 +1220,26 @@ static void apply(Trainer *t, int optimizer, double rate) {
 static void check_optimizer(Trainer *t, int optimizer) {
   const double decay = 0.1, clip = 2, rate = 3 * optimizers[optimizer].learning_rate;
   Model *m = &t->model;
-  double *first = random_parameters(m), *g = new_doubles(m->count), change = 0, off[2] = {0, 0};
-  Plain *plain = (Plain *)host_alloc(NULL, m->count * sizeof(Plain));
-  long at = 0;
+  double *first = random_weights(m), *g = new_doubles(m->n_weights), change = 0, off[2] = {0, 0};
+  Plain *plain = (Plain *)host_alloc(NULL, m->n_weights * sizeof(Plain));
   reset(t);
   set_options(1, decay, clip);
-  for (Entry *e = m->parameter; e < m->parameter + m->n_parameters; e++)
-    for (long j = 0; j < entry_count(e); j++, at++) {
-      Plain p = {(real)first[at], 0, 0, rate, opt.beta1, opt.beta2, e->cols ? decay : 0, 0};
-      plain[at] = p;
+  for (Entry *e = m->parameter; e < m->parameter + m->n_parameter_tensors; e++)
+    for (long i = e->data_at; i < e->data_at + entry_count(e); i++) {
+      Plain p = {(real)first[i], 0, 0, e->cols ? decay : 0};
+      plain[i] = p;
     }
   for (int step = 1; step <= 4; step++, t->updates++) {
-    for (long i = 0; i < m->count; i++) g[i] = (real)random_normal(800 + step, i);
-    put_parameters(g, m, m->weights.grad);
+    for (long i = 0; i < m->n_weights; i++)        // no gradient for the padding
+      g[i] = first[i] == 0 ? 0 : (real)random_normal(800 + step, i);
+    put(m->weights.grad, g, m->n_weights);
     apply(t, optimizer, rate);
-    double factor = clip / norm_of(g, m->count);
-    for (long i = 0; i < m->count; i++) {
-      plain[i].step = step;
-      plain_steps[optimizer](&plain[i], g[i] * factor);
-    }
+    double factor = clip / norm_of(g, m->n_weights);
+    for (long i = 0; i < m->n_weights; i++)
+      plain_step(optimizer, &plain[i], g[i] * factor, rate, step);
   }
-  double *got = fetch_parameters(m, m->weights.data);
-  for (long i = 0; i < m->count; i++) {
+  double *got = fetch(m->weights.data, m->n_weights);
+  for (long i = 0; i < m->n_weights; i++) {
     int vector = plain[i].decay == 0;
     change = MAX(change, fabs(plain[i].w - first[i]));
     off[vector] = larger(off[vector], fabs(got[i] - plain[i].w));
@@ -1285,16 +1261,12 @@ static void check_optimizers(void) {
 #ifdef GPU
 // ---- Each rung of matmul's ladder: all transpositions, edges, slices, = and += and bias. The
 // numbers are floats; for bf16 they are rounded here, too, so that its products are exact.
-typedef struct { Matrix c, a, b; int M, N, K, mode; const real *bias; } MatmulCase;
-static void run_matmul(void *argument) {
-  MatmulCase *p = (MatmulCase *)argument;
-  matmul(p->c, p->a, p->b, p->M, p->N, p->K, p->mode, p->bias);
-}
 
+// Every seventh number is a bf16 or halfway between two: does rounding go to the even one?
 static double *random_matrix(int n, int seed) {
   double *x = random_numbers(n, seed);
-  for (int i = 0; i < n; i += 7) x[i] = 1 + (i % 4 - 2) * 0x1p-8;   // in the middle of two bf16, or
-  return x;                                                         // one itself
+  for (int i = 0; i < n; i += 7) x[i] = 1 + (i % 4 - 2) * 0x1p-8;
+  return x;
 }
 
 static void round_to_bf16(double *x, long n) {   // to 8 bits; of two that are as near, the even one
@@ -1305,19 +1277,17 @@ static void round_to_bf16(double *x, long n) {   // to 8 bits; of two that are a
   }
 }
 
-static void spoil_scratch(void *unused) { fill(scratch, MIN(n_scratch, 1L << 16), (real)NAN); }
-
 // The largest error of an element, relative to the sum of the sizes of its terms.
 static double matmul_error(int M, int N, int K, int a_along, int b_along, int mode, int bf16) {
   double *a = random_matrix(M*K, 800), *b = random_matrix(K*N, 801), *c = random_matrix(M*N, 802);
   double *bias = random_matrix(N, 803), worst = 0;
   int a_down = a_along ? K : 1, a_right = a_along ? 1 : M;
   int b_down = b_along ? 1 : N, b_right = b_along ? K : 1;
-  MatmulCase p = {rows_of(on_device(c, M*N + GUARD), N), {on_device(a, M*K), a_down, a_right},
-                  {on_device(b, K*N), b_down, b_right}, M, N, K, mode,
-                  mode == ADD ? NULL : on_device(bias, N)};
-  launch(run_matmul, &p);
-  double *got = fetch(p.c.at, M*N + GUARD);
+  Matrix device_a = {on_device(a, M*K), a_down, a_right};
+  Matrix device_b = {on_device(b, K*N), b_down, b_right};
+  Matrix device_c = rows_of(on_device(c, M*N + GUARD), N);
+  matmul(device_c, device_a, device_b, M, N, K, mode, mode == ADD ? NULL : on_device(bias, N));
+  double *got = fetch(device_c.at, M*N + GUARD);
   if (bf16) round_to_bf16(a, M*K);
   if (bf16) round_to_bf16(b, K*N);
   for (int i = 0; i < M; i++)
@@ -1341,14 +1311,14 @@ static void check_rung(const char *name, int number, const char *precision) {
   int bf16 = !strcmp(precision, "bf16"), before = rung, n = 0;
   double bar = IS_DOUBLE && !bf16 ? 1e-14 : 1e-5, worst = 0;
   device_start(1, precision);
-  launch(spoil_scratch, NULL);           // what an earlier product left there must not be used
+  fill(scratch, MIN(n_scratch, 1L << 16), (real)NAN);   // what an earlier product left there
   rung = number;
   for (int few = 0; few < 2; few++) {    // which kernel is used depends on the multiprocessors
     multiprocessors = few ? 2 : 132;
     for (int i = 0; i < SIZES; i++)
       for (int way = 0; way < 4; way++, n++)
         worst = larger(worst, matmul_error(size[i][0], size[i][1], size[i][2], way & 1, way / 2,
-                                           n % 3 ? SET : ADD, bf16));
+                                           (n + few) % 3 ? SET : ADD, bf16));
   }
   rung = before;
   device_start(1, "fp32");
@@ -1374,7 +1344,9 @@ static void check_attention_bf16(void) {
     for (int bf16 = 0; bf16 < 2; bf16++) {   // backward gets the same out in both
       device_start(1, bf16 ? "bf16" : "fp32");
       if (!bf16) launch(c->layer->forward, c);
+      put(t[2].grad, c->grad[2], 3*n);       // NaN: all must be written
       launch(c->layer->backward, c);
+      for (int k = 0; k < 2 && bf16; k++) put(t[k].data, c->data[k], count[k]);
       if (bf16) launch(c->layer->forward, c);
       check_untouched(c);
       for (int k = 0; k < 3; k++)
@@ -1396,7 +1368,7 @@ static void check_attention_bf16(void) {
 }
 
 static void check_matmul_rungs(void) {
-  printf("\nMatmul: transposed or not, at sizes that no tile divides; rungs of its ladder\n");
+  printf("\nMatmul: all transpositions, whole tiles and edges; rungs of its ladder\n");
   if (!SEARCH_FOR_RACES) check_rung("1 plain", 1, "fp32");
   check_rung("2 shared memory", 2, "fp32");
   check_rung("3 registers", 3, "fp32");
@@ -1416,22 +1388,14 @@ static void check_matmul_rungs(void) {
 
 // --profile charges each kernel its own time, however many are launched before the CPU waits. In
 // the emulator each takes a millisecond.
-static void fill_often(void *x) {
-  for (int i = 0; i < 2500; i++) fill((real *)x, 1, 0);
-}
-
-static void multiply_once(void *x) {
-  Matrix m = rows_of((real *)x, 512);    // in two slices; only its time counts
-  matmul(m, m, transpose(m), 16, 4, 512, SET, NULL);
-}
-
 static void check_profile(void) {
   real *x = (real *)device_alloc(16*512 * sizeof *x), y;
+  Matrix m = rows_of(x, 512);
   profiled = profile;
   memset(profile, 0, sizeof profile);
   opt.profile = 1;
-  launch(fill_often, x);
-  launch(multiply_once, x);
+  for (int i = 0; i < 2500; i++) fill(x, 1, 0);
+  matmul(m, m, transpose(m), 16, 4, 512, SET, NULL);   // in two slices; of interest is its time
   copy_out(&y, x, sizeof y);
   opt.profile = 0;
   double ms = profile->seconds * 1e3 / 2500;
@@ -1452,9 +1416,9 @@ static void check_profile(void) {
 #endif
 }
 
-// launch_recorded() must do what launch() does: with more arguments than are kept, each launched,
-// recorded and replayed; under --profile; and after device_alloc(), if `filling` has changed, which
-// is not in the argument.
+// launch_recorded() must do what launch() does. Tried: more arguments than it can keep, each
+// launched, recorded and replayed; --profile; and a change of `filling`, which is not in the
+// argument, after device_alloc().
 static real filling;
 static void fill_one(void *x) { fill(*(real **)x, 1, filling); }
 
@@ -1499,7 +1463,8 @@ static void check_refusal(const char *what, void (*call)(void), const char *word
     _exit(0);
   }
   close(ends[1]);
-  for (long n = 0, part; (part = read(ends[0], message + n, sizeof message - 1 - n)) > 0;) n += part;
+  for (long n = 0, part; (part = read(ends[0], message + n, sizeof message - 1 - n)) > 0;)
+    n += part;
   close(ends[0]);
   waitpid(child, &status, 0);
   expect(WIFEXITED(status) && WEXITSTATUS(status) == 1 && strstr(message, words), what,
@@ -1535,25 +1500,26 @@ static void check_refusals(void) {
 
 enum { PIECES = 4, PIECE_B = 2, PIECE_T = 7, UPDATES = 3 };
 
-// How far the weights are from those of reset(). Softmax does not change when all scores of a query
+// The change of the weights since reset(). Softmax does not change when all scores of a query
 // change alike, so the gradient of the bias of the keys is zero. Rounding leaves noise there, and
 // optimizers that divide by the size of the gradient make steps of the noise: these are left out.
 static double *change_of(const Model *m) {
-  double *change = fetch_parameters(m, m->weights.data), *first = random_parameters(m), *x = change;
-  for (long i = 0; i < m->count; i++) change[i] -= first[i];
-  for (Entry *e = m->parameter; e < m->parameter + m->n_parameters; x += entry_count(e++))
-    for (int c = e->rows / 3; strstr(e->name, "c_attn.bias") && c < e->rows / 3 * 2; c++) x[c] = 0;
+  double *change = fetch(m->weights.data, m->n_weights), *first = random_weights(m);
+  for (long i = 0; i < m->n_weights; i++) change[i] -= first[i];
+  for (Entry *e = m->parameter; e < m->parameter + m->n_parameter_tensors; e++)
+    for (int c = e->rows / 3; strstr(e->name, "c_attn.bias") && c < e->rows / 3 * 2; c++)
+      change[e->data_at + c] = 0;
   return change;
 }
 
-// n updates by update() of train.c, from K micro-batches of B sequences each. Windows depend on the
-// seed and their number only: so K micro-batches, one that is K times as large, and one in each of
-// K updates have the same tokens. Fills a row for each update; returns the change of the weights.
+// n updates by update() of train.c, each from K micro-batches of B sequences. Window number i
+// depends on the seed and i alone: so K micro-batches of B, one of K*B, and one of B in each of K
+// updates read the same tokens. Fills a row for each update; returns the change of the weights.
 typedef struct { double loss, norm, change; } UpdateRow;
 static double *run_updates(Trainer *t, int optimizer, double rate, int n, int K, int B,
                            UpdateRow *row) {
   Model *m = &t->model;
-  double *before = random_parameters(m);
+  double *before = random_weights(m);
   reset(t);
   opt.optimizer = optimizers[optimizer].name;
   opt.learning_rate = opt.min_lr = rate;
@@ -1561,10 +1527,10 @@ static double *run_updates(Trainer *t, int optimizer, double rate, int n, int K,
   t->accumulate = K;
   for (int u = 0; u < n; u++) {
     update(t);
-    double *now = fetch_parameters(m, m->weights.data);
+    double *now = fetch(m->weights.data, m->n_weights);
     row[u].loss = t->loss;
     row[u].norm = t->grad_norm;
-    row[u].change = distance(now, before, m->count) * norm_of(before, m->count);
+    row[u].change = distance(now, before, m->n_weights) * norm_of(before, m->n_weights);
     before = now;
   }
   return change_of(m);
@@ -1587,12 +1553,12 @@ static void check_next_gradient(Trainer *t) {
     fetch(m->loss.data, 1);              // waits for the device: update() must not need that
   }
   copy_out(&sums, m->sums, sizeof sums);
-  double *want = fetch_parameters(m, m->weights.grad);
+  double *want = fetch(m->weights.grad, m->n_weights);
   update(t);
-  double *got = fetch_parameters(m, m->weights.grad);
-  double error[] = {distance(got, want, m->count), t->loss * tokens / sums.loss - 1,
+  double *got = fetch(m->weights.grad, m->n_weights);
+  double error[] = {distance(got, want, m->n_weights), t->loss * tokens / sums.loss - 1,
                     t->accuracy * tokens / sums.correct - 1,
-                    t->grad_norm / norm_of(want, m->count) - 1}, apart = 0;
+                    t->grad_norm / norm_of(want, m->n_weights) - 1}, apart = 0;
   for (int i = 0; i < 4; i++) apart = larger(apart, fabs(error[i]));
   expect(apart < (IS_DOUBLE ? 1e-14 : 1e-6), "the next update",
          "gradient, loss, accuracy, norm: %.1e from those of its micro-batches alone", apart);
@@ -1604,7 +1570,7 @@ static void check_accumulation(Trainer *t) {
          PIECES, PIECE_B, PIECE_T, PIECES * PIECE_B, PIECE_T, UPDATES);
   set_options(PIECE_T, 0.1, 1);
   for (int i = 0; i < N_OPTIMIZERS; i++) {
-    const long tokens = UPDATES * PIECES * PIECE_B * PIECE_T, n = t->model.count;
+    const long tokens = UPDATES * PIECES * PIECE_B * PIECE_T, n = t->model.n_weights;
     double rate = optimizers[i].learning_rate, bar = IS_DOUBLE ? 1e-12 : 4e-6;
     UpdateRow a[UPDATES], b[UPDATES], *x = &a[UPDATES - 1], *y = &b[UPDATES - 1];
     double *pieces = run_updates(t, i, rate, UPDATES, PIECES, PIECE_B, a);
@@ -1632,7 +1598,7 @@ static void check_initial_weights(void) {
   Model *m = &t->model;
   const char *wrong = NULL;
   model_init(m, 1337);
-  for (Entry *e = m->parameter; e < m->parameter + m->n_parameters; e++) {
+  for (Entry *e = m->parameter; e < m->parameter + m->n_parameter_tensors; e++) {
     long n = entry_count(e);
     double *w = fetch(e->tensor->data, n), mean = 0, variance = 0, neighbours = 0;
     int k = 0;
@@ -1749,15 +1715,6 @@ static void check_decode(void) {
   expect(ok, "numbers in F16 and BF16", "tiny, usual, huge");
 }
 
-static void check_around_updates(Trainer *t) {
-  printf("\nAround an update\n");
-  check_initial_weights();
-  check_micro_batches(t);
-  check_evaluate(t);
-  check_learning_rate(t);
-  check_decode();
-}
-
 // ---- b. Wrong recipes
 
 enum Recipe {   // how micro-batches become an update; but for the first two, mistakes people made
@@ -1765,40 +1722,36 @@ enum Recipe {   // how micro-batches become an update; but for the first two, mi
   N_RECIPES
 };
 
-// Adds the gradients of n micro-batches, update u.
-static void accumulate(Model *m, const Piece *piece, int n, enum Recipe recipe, int u) {
-  double tokens = 0, dloss[MAX_PIECES];
-  for (int k = 0; k < n; k++) tokens += piece[k].B * piece[k].T;
-  for (int k = 0; k < n; k++) {
+// Adds the gradients of the four micro-batches of update u.
+static void accumulate(Model *m, const Piece *piece, enum Recipe recipe, int u) {
+  double tokens = 0, dloss[4];
+  for (int k = 0; k < 4; k++) tokens += piece[k].B * piece[k].T;
+  for (int k = 0; k < 4; k++) {
     double own = piece[k].B * piece[k].T;
-    dloss[k] = recipe == MEAN_OF_MEANS ? 1 / (own * n) : recipe == NOT_DIVIDED ? 1 / own
+    dloss[k] = recipe == MEAN_OF_MEANS ? 1 / (own * 4) : recipe == NOT_DIVIDED ? 1 / own
                                                                                : 1 / tokens;
     if (recipe != CLIP_EACH) continue;
     launch(zero_gradients, m);
     run_piece(m, piece[k], dloss[k]);
-    double norm = norm_of(fetch_parameters(m, m->weights.grad), m->count);
-    dloss[k] *= MIN(1, opt.grad_clip / n / norm);
+    double norm = norm_of(fetch(m->weights.grad, m->n_weights), m->n_weights);
+    dloss[k] *= MIN(1, opt.grad_clip / 4 / norm);
   }
   if (recipe != NOT_ZEROED || u == 0) launch(zero_gradients, m);
-  for (int k = 0; k < n; k++) run_piece(m, piece[k], dloss[k]);
+  for (int k = 0; k < 4; k++) {
+    Piece p = piece[k];
+    if (recipe == ONE_BY_ONE) p.B = 1;
+    for (int b = 0; b < piece[k].B; b += p.B, p.at += p.B * p.T) run_piece(m, p, dloss[k]);
+  }
 }
 
-// The change of the weights over 2 updates from 4 unequal pieces each, or from their sequences.
+// The change of the weights over 2 updates from 4 unequal pieces each.
 static double *unequal_pieces(Trainer *t, enum Recipe recipe, int optimizer) {
   static const Piece pieces[2][4] = {{{5, 7, 0}, {1, 7, 35}, {2, 3, 42}, {1, 2, 48}},
                                      {{3, 7, 50}, {1, 2, 71}, {1, 7, 73}, {4, 3, 80}}};
   reset(t);
   for (int u = 0; u < 2; u++) {
-    Piece sequence[MAX_PIECES];
-    int n = 0;
-    for (int k = 0; k < 4; k++)
-      for (int b = 0; b < pieces[u][k].B; b++) {
-        Piece p = {1, pieces[u][k].T, pieces[u][k].at + b * pieces[u][k].T};
-        sequence[n++] = p;
-      }
-    if (recipe == ONE_BY_ONE) accumulate(&t->model, sequence, n, recipe, u);
-    else accumulate(&t->model, pieces[u], 4, recipe, u);
-    t->updates = recipe == COUNT_EACH ? (u + 1)*4 - 1 : u;   // before this one
+    accumulate(&t->model, pieces[u], recipe, u);
+    t->updates = recipe == COUNT_EACH ? (u + 1)*4 - 1 : u;   // optimizer_config() adds 1
     apply(t, optimizer, optimizers[optimizer].learning_rate);
   }
   return change_of(&t->model);
@@ -1818,8 +1771,8 @@ static void check_recipes(Trainer *t) {
     for (int i = 0; i < 2; i++) {
       double *x = unequal_pieces(t, (enum Recipe)recipe, i ? adamw : sgd);
       double *y = unequal_pieces(t, SUM_OF_TOKENS, i ? adamw : sgd);
-      off[i] = distance(x, y, t->model.count);
-      turned[i] = angle(x, y, t->model.count);
+      off[i] = distance(x, y, t->model.n_weights);
+      turned[i] = angle(x, y, t->model.n_weights);
     }
     double worst = larger(off[0], off[1]);
     int right = recipe == ONE_BY_ONE, ok = right ? worst < 1e-12 : worst > 0.01;
@@ -1839,7 +1792,7 @@ typedef struct {
 
 static SideBySide side_by_side(Trainer *t, int optimizer, double rate) {
   SideBySide s;
-  long n = t->model.count;
+  long n = t->model.n_weights;
   double *x = run_updates(t, optimizer, rate, PIECES, 1, PIECE_B, s.single);
   double *y = run_updates(t, optimizer, rate * PIECES, 1, PIECES, PIECE_B, &s.multi);
   s.single_change = norm_of(x, n);
@@ -1899,7 +1852,7 @@ static void check_ladder(Trainer *t) {
 
 // ---- Threads
 // A sum in another order is rounded differently, and a number that two threads write has either
-// value: if the bits are the same on any number of threads, then each number has one owner.
+// value: so both show as different bits on another number of threads (the second not every time).
 
 // More than a tile of attention; and a number of channels that no number of threads divides.
 static const Config TWO_TILES = {1, 7, 77, 72, LETTERS};
@@ -1921,8 +1874,8 @@ static void check_threads(void) {   // the last check, since threads can only be
     snprintf(name, sizeof name, "on %d threads", threads[i]);
     device_start(threads[i], "fp32");
     long_updates(t);
-    w[i > 0] = fetch_parameters(m, m->weights.data);
-    g[i > 0] = fetch_parameters(m, m->weights.grad);
+    w[i > 0] = fetch(m->weights.data, m->n_weights);
+    g[i > 0] = fetch(m->weights.grad, m->n_weights);
     if (i == 0) continue;
     const char *gradient = first_difference(m, g[0], g[1]);
     const char *weight = first_difference(m, w[0], w[1]);
@@ -1990,16 +1943,16 @@ static Solution newton_step(void) {
 // a line. In a quadratic that is 2, at any distance.
 static double twice_as_far(Trainer *t, double distance_moved) {
   Model *m = &t->model;
-  double *g[3], *w = random_parameters(m);
+  double *g[3], *w = random_weights(m);
   for (int k = 0; k < 3; k++) {
-    for (long i = 0; k && i < m->count; i++)
-      w[i] -= distance_moved * g[0][i] / norm_of(g[0], m->count);
-    put_parameters(w, m, m->weights.data);
+    for (long i = 0; k && i < m->n_weights; i++)
+      w[i] -= distance_moved * g[0][i] / norm_of(g[0], m->n_weights);
+    put(m->weights.data, w, m->n_weights);
     launch(zero_gradients, m);
     run_piece(m, PIECE, 1.0 / (PIECE.B * PIECE.T));
-    g[k] = fetch_parameters(m, m->weights.grad);
+    g[k] = fetch(m->weights.grad, m->n_weights);
   }
-  return distance(g[2], g[0], m->count) / distance(g[1], g[0], m->count);
+  return distance(g[2], g[0], m->n_weights) / distance(g[1], g[0], m->n_weights);
 }
 
 static void check_regression(Trainer *t) {
@@ -2084,7 +2037,7 @@ static void add_tokens(const char *name, const int *device) {
 }
 
 static void add_activations(const Model *m, int grad) {
-  int n = m->n_activations, N = saved_piece.B * saved_piece.T;
+  int n = m->n_activation_tensors, N = saved_piece.B * saved_piece.T;
   for (int i = 0; i < n; i++) {
     Entry *e = &m->activation[grad ? n - 1 - i : i];
     add_saved(grad ? "grad." : "", e->name, N, e->cols, grad ? e->tensor->grad : e->tensor->data);
@@ -2099,13 +2052,13 @@ static Model *make_saved(void) {
   run_piece(m, saved_piece, 1.0 / (saved_piece.B * saved_piece.T));
   add_tokens("tokens", m->token);
   add_tokens("targets", m->target);
-  for (Entry *e = m->parameter; e < m->parameter + m->n_parameters; e++)
+  for (Entry *e = m->parameter; e < m->parameter + m->n_parameter_tensors; e++)
     add_saved("", e->name, e->rows, e->cols, e->tensor->data);
   add_activations(m, 0);
   add_activations(m, 1);
-  for (Entry *e = m->parameter + m->n_parameters - 1; e >= m->parameter; e--)
+  for (Entry *e = m->parameter + m->n_parameter_tensors - 1; e >= m->parameter; e--)
     add_saved("grad.", e->name, e->rows, e->cols, e->tensor->grad);
-  for (Entry *e = m->parameter; e < m->parameter + m->n_parameters; e++) {
+  for (Entry *e = m->parameter; e < m->parameter + m->n_parameter_tensors; e++) {
     long n = entry_count(e);
     double *w = fetch(e->tensor->data, n), *grad = fetch(e->tensor->grad, n);
     for (long i = 0; i < n; i++) w[i] -= 0.1 * grad[i];
@@ -2144,22 +2097,19 @@ static int unknown_names(const char *s) {
 
 static double bar_for(const char *dtype) {   // what rounding to this precision excuses
   if (!IS_DOUBLE || !strcmp(dtype, "F32")) return 1e-4;
-  return !strcmp(dtype, "F64") ? BAR : !strcmp(dtype, "F16") ? 0.02 : 0.1;
-}
-
-static void head_alone(void *model) {
-  Model *m = (Model *)model;
-  int N = saved_piece.B * saved_piece.T, C = m->config.n_embd, V = m->config.vocab_size;
-  fill(m->wte.grad, (long)V*C, 0);
-  lm_head_backward(m->logits, m->x_f, m->wte, N, C, V);
+  if (!strcmp(dtype, "F16")) return 0.02;
+  if (!strcmp(dtype, "BF16")) return 0.1;
+  return !strcmp(dtype, "F64") ? BAR : 1e-4;
 }
 
 // wte is used twice: is one of the two contributions to its gradient missing?
-static void say_tied(Model *m, const double *got, const double *want, double bar) {
+static void say_tied(const Model *m, const double *got, const double *want, double bar) {
+  int token[MAX_TOKENS], C = m->config.n_embd, N = saved_piece.B * saved_piece.T;
   long n = entry_count(&m->parameter[0]);
-  launch(head_alone, m);
-  double *head = fetch(m->wte.grad, n), *embedding = new_doubles(n);
-  for (long i = 0; i < n; i++) embedding[i] = want[i] - head[i];
+  double *head = new_doubles(n), *embedding = new_doubles(n), *dx = fetch(m->embedding.grad, N*C);
+  copy_out(token, m->token, N * sizeof(int));
+  for (int i = 0; i < N*C; i++) embedding[token[i / C]*C + i % C] += dx[i];
+  for (long i = 0; i < n; i++) head[i] = want[i] - embedding[i];
   for (int i = 0; i < 2; i++)
     if (distance(got, i ? embedding : head, n) < bar)
       printf("    it is the %s's contribution alone: the %s's is missing; wte is tied\n",
@@ -2192,28 +2142,26 @@ static int check_stored(Model *m, const Safetensors *st, const NamedTensor *x, c
 }
 
 static void check_against(const char *path) {
-  Safetensors st = safetensors_open(NULL, path);
+  Safetensors *st = safetensors_open(NULL, path, NULL);
   int known = 0;
   char right[80] = "", wrong[80] = "", name[80];
   Model *m = make_saved();
   heading("theirs", "here");
   for (NamedTensor *x = saved; x < saved + n_saved; x++) {
     snprintf(name, sizeof name, "%s%s", x->prefix, x->name);
-    if (!check_stored(m, &st, x, name)) continue;
+    if (!check_stored(m, st, x, name)) continue;
     known++;
     if (!failed) strcpy(right, name);
     if (!failed || *wrong) continue;
     strcpy(wrong, name);
     shown_rows = NO_ROWS;                // what follows from the first is only counted
   }
-  int unknown = unknown_names(st.header);
+  int unknown = unknown_names(st->header);
   printf("%d of the %d tensors that --save writes were compared; %d of theirs match none\n", known,
          n_saved, unknown);
   if (*wrong) {
-    printf("%d wrong. The first, in the order in which they are computed, is %s;\n"
-           "%s%s", failed, wrong, *right ? right : "nothing before it was compared",
-           *right ? ", before it, is right: look at what lies between them" : "");
-    printf(!strncmp(wrong, "grad.", 5) && *suspects(wrong) ? ": %s\n" : "\n", suspects(wrong));
+    printf("%d wrong. ", failed);
+    localise(right, wrong, strncmp(wrong, "grad.", 5) ? "" : suspects(wrong));
   }
   if (unknown && !asked.partial)
     expect(0, path, "has tensors that were not compared (%d): rename them, or give --partial",
@@ -2240,6 +2188,27 @@ static void check_names(void) {
   }
 }
 
+#ifdef GPU
+// Two updates; once more, which must give the same bits; and in bf16.
+static void check_repeated(void) {
+  double *w[3], loss[3] = {0, 0, 0};
+  Trainer *t = NULL;
+  int runs = compute_capability < 80 ? 2 : 3;
+  for (int i = 0; i < runs; i++) {
+    device_start(1, i < 2 ? "fp32" : "bf16");
+    t = new_trainer(TWO_TILES, 0);       // another one: else a recording in fp32 would be replayed
+    long_updates(t);
+    w[i] = fetch(t->model.weights.data, t->model.n_weights);
+    loss[i] = t->loss;
+  }
+  device_start(1, "fp32");
+  expect_same(&t->model, w[0], w[1], "two updates, repeated", "");
+  double apart = fabs(loss[2] / loss[0] - 1);
+  if (runs == 3)
+    expect(apart > 0 && apart < 0.02, "two updates in bf16", "the loss is %.1e from fp32", apart);
+}
+#endif
+
 static void check_all(void) {
   check_layers();
   checking = "sums";
@@ -2265,10 +2234,14 @@ static void check_all(void) {
   checking = "what is refused";
   check_refusals();
 #endif
+  checking = "updates";
+  check_repeated();
 #else
   checking = "the model";
   if (IS_DOUBLE) check_model();
 #endif
+  checking = "shared memory";
+  check_shared_memory();
   if (failed) {
     printf("\nWhat follows is left out: it stands on what is checked above.\n");
     return;
@@ -2276,17 +2249,19 @@ static void check_all(void) {
   checking = "updates, and what stands around them";
   Trainer *t = new_trainer(TINY, 0);
   check_accumulation(t);
-  check_around_updates(t);
+  printf("\nAround an update\n");
+  check_initial_weights();
+  check_micro_batches(t);
+  check_evaluate(t);
+  check_learning_rate(t);
+  check_decode();
 #ifndef GPU
   if (IS_DOUBLE) {
     check_recipes(t);
     show_all_steps(t);
     check_ladder(t);
     check_regression(t);
-  } else {
-    show_float_differences();
-    check_functions();
-  }
+  } else check_functions();
   checking = "threads";
   check_threads();
 #endif
@@ -2342,10 +2317,10 @@ int main(int argc, char **argv) {
 // Here a thread is a fiber: a stack, and a place where it continues. One CPU thread runs them all,
 // one after the other, and switches where a fiber waits. What goes wrong on a GPU once in a while
 // is made to go wrong here every time:
-//   - blocks, and between barriers the threads of a block, run in a random order: GPU_SEED=n;
-//   - device memory and shared memory are NaN until something is written there;
+//   - blocks, and between barriers the threads of a block, run in a random order if GPU_SEED=n;
+//   - device memory is NaN until something is written there, and so is each block's shared memory;
 //   - the work of a stream is done only when the host waits for it;
-//   - a barrier or an exchange that a thread does not reach, a host pointer in a kernel, a write
+//   - a barrier or an exchange that a thread does not reach, a host pointer as an argument, a write
 //     next to an array, an access that is not aligned, a grid or shared memory beyond the limits,
 //     or what may not be done while a graph is recorded, ends the program;
 //   - -fsanitize=address sees an index beyond an array, and the host touching device memory;
@@ -2447,7 +2422,9 @@ enum { MAX_THREADS = 1024, STACK = (128 << 10) + 832 };   // 832: not all in the
 struct Barrier { int arrived, phase; char order[2]; };
 struct Thread {
   uint3 index;
-  int id, phase, line, turn, syncs;      // syncs: __syncwarp() passed
+  int id, phase, line, syncs;            // syncs: __syncwarp() passed
+  int turn;                              // which copy of `shown` is next: another lane may still
+                                         //   read the last one
   const char *at;                        // what it waits for, or waited for last
   Barrier *barrier;
   bool returned;
@@ -2461,9 +2438,9 @@ static Word shown[MAX_THREADS / 32][2][32][6];   // what the lanes of a warp exc
 static struct {
   const char *kernel;
   const std::function<void()> *body;
-  int threads, set;
+  int threads, set;                      // set: which of two sets of stacks
   void *scheduler;
-  char *stacks, begin, end;
+  char *stacks, begin, end;              // begin, end: addresses that serve TSAN as clocks
   unsigned launches;
   uint64_t random;
 } gpu;
@@ -2645,12 +2622,10 @@ static void show_memory(bool show) {     // the host may use it only through the
 // its own.
 #if ASAN(1) + 0
 enum { MARGIN = 0 };
-#else
-#ifdef WATCH                             // which sees what is accessed in the margins
+#elif defined WATCH                      // which sees what is accessed in the margins
 enum { MARGIN = 1 << 16 };
 #else
 enum { MARGIN = 64 };
-#endif
 #endif
 template <class T> static cudaError_t cudaMalloc(T **p, size_t n) {
   char *all = n >> 40 ? NULL : (char *)malloc(n + 2*MARGIN);
@@ -2724,8 +2699,8 @@ UNSEEN void run_grid(const char *kernel, dim3 grid, dim3 block, const std::funct
   TSAN(host_fiber = __tsan_get_current_fiber();)
   int *order = (int *)malloc(n * sizeof *order);
   shuffle(order, n);
-  memset(shared_begin, 0xff, shared_end - shared_begin);
   for (uint64_t i = 0; i < n; i++) {
+    memset(shared_begin, 0xff, shared_end - shared_begin);
     blockIdx.x = order[i] % grid.x;
     blockIdx.y = order[i] / grid.x % grid.y;
     blockIdx.z = order[i] / grid.x / grid.y;
@@ -2750,29 +2725,17 @@ template <class T> static uintptr_t first_word(const T &x) {   // a pointer, or 
   memcpy(&word, &x, sizeof x < sizeof word ? sizeof x : sizeof word);
   return word;
 }
-template <class... P> struct Launch {
-  const char *name;
-  void (*kernel)(P...);
-  dim3 grid, block;
-  cudaStream_t stream;
-  void operator()(P... p) const {
-    int checked[] = {0, (check_pointer(name, p), 0)...};
-    (void)checked;
-    Launch l = *this;
-    std::function<void()> body = [l, p...] { l.kernel(p...); };
-    if (enqueue(stream, [l, body, p...] {
-      arguments = {first_word(p)...};
-      run_grid(l.name, l.grid, l.block, &body);
-    })) {
-      fprintf(stderr, "kernel %s: is launched in a stream that was not created\n", name);
-      exit(1);
-    }
-  }
-};
 template <class... P>
-static Launch<P...> launch_of(const char *name, void (*kernel)(P...), dim3 grid, dim3 block, int,
-                              cudaStream_t stream) {
-  return Launch<P...>{name, kernel, grid, block, stream};
+static auto launch_of(const char *name, void (*kernel)(P...), dim3 grid, dim3 block, int,
+                      cudaStream_t stream) {
+  return [=](P... p) {
+    (check_pointer(name, p), ...);
+    std::function<void()> body = [=] { kernel(p...); };
+    auto work = [=] { arguments = {first_word(p)...}; run_grid(name, grid, block, &body); };
+    if (!enqueue(stream, work)) return;
+    fprintf(stderr, "kernel %s: is launched in a stream that was not created\n", name);
+    exit(1);
+  };
 }
 #define LAUNCH(kernel, ...) launch_of(#kernel, kernel, __VA_ARGS__)
 
@@ -2817,7 +2780,7 @@ template <class T> UNSEEN T shuffled(unsigned mask, T x, int from, const char *w
 SHUFFLE(__shfl_xor_sync, lane ^ i)
 SHUFFLE(__shfl_down_sync, lane + i)
 SHUFFLE(__shfl_up_sync, lane - i)
-SHUFFLE(__shfl_sync, 0 * lane + i % 32)
+SHUFFLE(__shfl_sync, 0 * lane + i % 32)   // 0 * lane: so that it is used
 // Orders memory among the lanes of a warp.
 UNSEEN void __syncwarp(unsigned mask = ~0u, LINE) {
   check_mask(mask);
@@ -2833,9 +2796,9 @@ UNSEEN unsigned __ballot_sync(unsigned mask, int vote, LINE) {
 }
 static inline int __popc(unsigned x) { return __builtin_popcount(x); }
 
-// PTX(s, x, y, text : operands) is an instruction, as a text that the compiler for GPUs gets, and
-// the arrays of its operands: floats s, or pointers p, words x and y. The text names the operands
-// %0, %1, ..., which follow it in this order, like "r"(x[2]).
+// PTX(s, x, y, text : operands) is an instruction. The compiler for GPUs gets the text; the
+// emulator reads it, too. s, x and y are the arrays of the operands: floats (or pointers p), and
+// words. %k in the text is the k-th of the operands behind the colons, like "r"(x[2]).
 #define PTX(s, x, y, ...) emulate(#__VA_ARGS__, s, x, y)
 struct Operands {
   int n;                                 // how often the text names one
@@ -2843,21 +2806,16 @@ struct Operands {
   int at[16];                            // which number of the array
 };
 UNSEEN Operands operands_of(const char *text) {
-  Operands all = {0, {0}, {0}}, o = {0, {0}, {0}};
-  const char *p = strchr(text, ':');
-  while (p && (p = strchr(p, '(')) && all.n < 16) {
-    if (p[2] != '[' || !strchr("spxy", p[1]))
+  Operands o = {0, {0}, {0}};
+  for (const char *p = text; *p != ':' && o.n < 16; p++) {
+    if (*p != '%') continue;
+    const char *q = strchr(text, ':');
+    for (int k = p[1] - '0'; q && k >= 0; k--) q = strchr(q + 1, '(');   // of operand k
+    if (!q || !strchr("spxy", q[1]) || q[2] != '[')
       gpu_die("operands that the emulator cannot read", self, 0);
-    all.array[all.n] = p[1];
-    all.at[all.n++] = *(p += 3) - '0';
+    o.array[o.n] = q[1];
+    o.at[o.n++] = q[3] - '0';
   }
-  for (p = text; *p != ':' && o.n < 16; p++)
-    if (*p == '%') {
-      int k = p[1] - '0';
-      if (k < 0 || k >= all.n) gpu_die("an operand that is missing", self, 0);
-      o.array[o.n] = all.array[k];
-      o.at[o.n++] = all.at[k];
-    }
   return o;
 }
 
@@ -2971,7 +2929,7 @@ CALL cudaGetDeviceProperties(cudaDeviceProp *p, int) {
   *p = {"an emulated GPU", 2, 8, 0, 8 << 20};   // so small that small matrices occupy it
   return cudaSuccess;
 }
-// A kilohertz; memory of 8 bits and 8 kilohertz. With this, a launch takes a millisecond.
+// A kilohertz, and memory of 8 bits and 8 kilohertz: round shares in check_profile().
 enum cudaDeviceAttr {
   cudaDevAttrClockRate, cudaDevAttrMemoryClockRate, cudaDevAttrGlobalMemoryBusWidth
 };

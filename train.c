@@ -1,21 +1,21 @@
 // train.c trains GPT-2 on any text file, on a CPU. The forward and backward pass of every layer is
 // written out by hand, in plain C. Its only dependencies are libc, libm and pthreads. (It uses some
 // GNU extensions, which clang has, too: ({ ... }), a block whose last line is its value; __thread,
-// a variable of each thread's own; vector types, in the matmul; __atomic functions, in the barrier;
-// #pragma in the form _Pragma("..."); and __attribute__.)
+// a variable of each thread's own; vector types and __builtin_prefetch, in the matmul; __atomic
+// functions, in the barrier; __attribute__; and pragmas, in the form _Pragma("...").)
 //
 // The whole model, where x[n,:] is the row of C numbers that stands for token n:
 //
 //   x = wte[token] + wpe[position]                           embedding
 //   for each of L Transformer blocks:
-//     x = x + attention(layernorm(x) Wqkv) Wproj             each token looks at earlier tokens
-//     x = x + gelu(layernorm(x) Wfc) Wproj                   each token is processed by itself
+//     x = x + attention(layernorm(x) Wqkv) Wattn_proj        each token looks at earlier tokens
+//     x = x + gelu(layernorm(x) Wfc) Wmlp_proj               each token is processed by itself
 //   logits = layernorm(x) wte^T                              language-model head, tied to wte
 //   loss = mean over tokens of -log softmax(logits)[next token]
-//   backward: the same lines from bottom to top; each computes d loss / d its inputs
-//   update: w -= learning_rate * d, where an optimizer computes d from d loss / d w
+//   backward: the same lines from bottom to top; each computes the gradients of its inputs
+//   update: w -= learning_rate * d, where an optimizer computes d from dw, the gradient of w
 //
-// (Biases, which all but the embedding and the head have, are left out.)
+// (Left out: each layernorm has a weight and a bias, and each product with a W adds a bias.)
 //
 // Letters: B sequences of T tokens make N = B*T rows; C channels; H attention heads of D = C/H
 // channels; L blocks; V vocabulary entries (256: a token is a byte); O outputs of a linear layer.
@@ -79,6 +79,7 @@ typedef struct { Tensor weight, bias; } WeightBias;   // of a linear layer, or o
 // A matrix inside an array: element (i,j) is at[i*down + j*right]. Transposing exchanges these two
 // strides and moves nothing.
 typedef struct { real *at; long down, right; } Matrix;
+// A row-major matrix: the next row begins `width` numbers further on.
 DEVICE static inline Matrix rows_of(real *at, long width) {
   Matrix m = {at, width, 1};
   return m;
@@ -89,9 +90,9 @@ DEVICE static inline Matrix transpose(Matrix m) {
 }
 
 // The layer interface. Apart from optimizer_step() in section 4, only these functions, and what
-// they are made of (below), compute with tensors. They exist twice: in this file for the CPU, in
-// train_gpu.cu as CUDA kernels. linear and lm_head, which only call matmul(), exist once, as does
-// all other code.
+// they are made of (below), compute with tensors. These functions exist twice: in this file for the
+// CPU, in train_gpu.cu as CUDA kernels. linear and lm_head, which only call matmul() and
+// add_columns(), exist once, as does all other code.
 //
 // The output is the first argument. The forward and the backward pass of a layer take the same
 // arguments, so that backward() is forward() read from bottom to top. A backward pass either sets
@@ -104,9 +105,11 @@ DEVICE static inline Matrix transpose(Matrix m) {
 //                    residual stream, is read by a layernorm and by a residual connection. Only
 //                    the last x has no residual reader: backward() sets its gradient to 0 first
 //
-// Shapes: out, x, f (N,C); wte (V,C); wpe (T,C); mean_rstd (N,2), the mean and 1/standard deviation
-// of each row; y (N,O); weight (C,O); qkv (N,3C); logits (N,V); loss, correct, row_lse (N). lse
-// (B,H,T) and row_lse are logarithms of sums of exponentials. Tokens and targets are 0..V-1.
+// Shapes: out, x, f (N,C); wte (V,C); wpe (T,C); qkv (N,3C); logits (N,V); token, target, loss,
+// correct, row_lse (N); lse (B,H,T). linear: y (N,O), weight (C,O), bias (O). layernorm: weight and
+// bias (C); mean_rstd (N,2), the mean and 1/standard deviation of each row. gelu: y (N,C); the
+// model calls it with 4C for C. lse and row_lse are logarithms of sums of exponentials. mean_rstd,
+// lse, row_lse and correct have no gradient. Tokens and targets are 0..V-1.
 #define LAYER_INTERFACE(name, ...)                                                                 \
   static void name##_forward(__VA_ARGS__);                                                         \
   static void name##_backward(__VA_ARGS__)
@@ -129,14 +132,17 @@ static void matmul(Matrix c, Matrix a, Matrix b, int M, int N, int K, int mode, 
 static void add_columns(real *sum, const real *x, int N, int O);   // sum[o] += sum_n x[n,o]
 static void fill(real *x, long n, real value);
 
-// Sums over the tokens of an update or an evaluation, in double, and a squared norm.
+// What is reported of an update or an evaluation: sums over its tokens, and the squared norm of the
+// gradient. In double, because many terms are added.
 typedef struct { double loss, correct, grad_norm2; } LossSums;
-static void add_loss(LossSums *sums, Tensor loss, Tensor correct, int N);   // += their sums
+// sums->loss += sum_n loss[n], and likewise correct
+static void add_loss(LossSums *sums, Tensor loss, Tensor correct, int N);
+// *result = sum_i x[i]^2; partial has room for chunks(n) numbers
 static void squared_norm(double *result, double *partial, const real *x, long n);
 
-// Device memory; for the CPU that is just memory. Sizes are in bytes. If there is no device, or no
-// memory, the program ends.
-// Starts the device and returns its name; precision is that of matmul: "fp32", or "bf16" on a GPU.
+// The device and its memory; on the CPU that is ordinary memory. Sizes are in bytes. If there is no
+// device, or no memory, the program ends. device_start returns the device's name; precision is that
+// of matmul: "fp32", or "bf16" on a GPU.
 static const char *device_start(int threads, const char *precision);
 static void *device_alloc(size_t bytes);           // zeroed
 static void copy_in(void *device, const void *host, size_t bytes);
@@ -145,10 +151,10 @@ static double device_bytes;                        // total allocated by device_
 
 // launch() calls work(argument) on every thread and returns when all are done. (On a GPU it queues
 // kernels and returns at once; copy_out() waits for them.) The functions from residual_forward to
-// squared_norm must be called inside a launch, since all threads share their work.
-// launch_recorded() does the same, but a GPU records the kernels and replays them when the argument
-// has the same bytes again. So what differs between micro-batches, like their tokens, must be in
-// device memory.
+// squared_norm, and optimizer_step(), must be called inside a launch, since all threads share their
+// work. launch_recorded() does the same, but a GPU records the kernels and replays them when the
+// argument has the same bytes again. So what differs between micro-batches, like their tokens, must
+// be in device memory.
 static void launch(void (*work)(void *), void *argument);
 #ifdef GPU
 static void launch_recorded(void (*work)(void *), void *argument, size_t bytes);
@@ -177,9 +183,10 @@ static void barrier(const char *function);         // see section 7
     for (long i = (long)(n) * thread_id / n_threads,                                               \
               end_ = (long)(n) * (thread_id + 1) / n_threads; i < end_; i++)
 
-// SUM(real, c, C, x[c]) is the sum of x[c] over c = 0..C-1. C does not let the compiler reorder a
-// sum, so a plain loop adds one number at a time. Here LANES partial sums say which order is meant,
-// and the compiler makes vector additions of them.
+// SUM(real, c, C, x[c]) is the sum of x[c] over c = 0..C-1. Floating-point addition is not
+// associative, so the compiler may not reorder a sum, and a plain loop adds one number at a time.
+// Here number c is added to partial sum c % LANES: these do not depend on each other, so the
+// compiler makes vector additions of them.
 enum { LANES = 16 };
 #define SUM(type, i, n, expression) ({                                                             \
   type lane_[LANES] = {0}, sum_ = 0;                                                               \
@@ -195,7 +202,7 @@ enum { LANES = 16 };
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 
 // Helpers, defined in section 7. host_alloc is a realloc that exits on failure; with p NULL the
-// memory is zeroed. The random functions return number `index` of a sequence of random numbers:
+// memory is zeroed. The random functions return number `index` of a sequence that `seed` selects:
 // 64 bits, uniform in [0,1), normal with mean 0 and variance 1.
 __attribute__((noreturn, format(printf, 1, 2)))
 static void die(const char *format, ...);          // prints one line on stderr, exits with code 1
@@ -207,15 +214,16 @@ static double random_normal(uint64_t seed, uint64_t index);
 
 // ---- 2. The model -----------------------------------------------------------------------------
 
-typedef struct { int n_layer, n_head, n_embd, block_size, vocab_size; } Config;   // L H C T V
+// L, H, C, T, V. block_size, nanoGPT's name, is the length of a sequence, not the size of a Block.
+typedef struct { int n_layer, n_head, n_embd, block_size, vocab_size; } Config;
 
 // The parameters of one Transformer block, by GPT-2's names: ln is a layernorm, c_attn has Wqkv,
-// attn_proj the Wproj after the attention, c_fc Wfc, mlp_proj the Wproj after gelu.
+// attn_proj Wattn_proj, c_fc Wfc, and mlp_proj Wmlp_proj.
 typedef struct {
   WeightBias ln_1, c_attn, attn_proj, ln_2, c_fc, mlp_proj;
 } Block;
 
-typedef struct {                       // its activations, in the order in which they are computed
+typedef struct {                       // a block's, in the order in which they are computed
   Tensor ln_1, ln_1_mean_rstd, qkv, attn, lse, attn_proj, x_mid;
   Tensor ln_2, ln_2_mean_rstd, fc, gelu, mlp_proj, x;
 } Activations;
@@ -225,13 +233,13 @@ typedef struct {                       // its activations, in the order in which
 // few gradient buffers. In the order of the backward pass, from the top of a block down:
 //
 //   activation  shape   data    gradient   why the gradient may be there
-//   x           (N,C)   OWN     RESIDUAL   x = x_mid + mlp_proj: the gradients of all three are
-//   mlp_proj    (N,C)   PROJ    RESIDUAL     equal, so they share one buffer and nothing is copied
+//   x           (N,C)   OWN     RESIDUAL   x = x_mid + mlp_proj: the gradients of these two are
+//   mlp_proj    (N,C)   PROJ    RESIDUAL     that of x, so they share its buffer, nothing is copied
 //   gelu        (N,4C)  OWN     MLP
 //   fc          (N,4C)  OWN     MLP        gelu_backward works in place
 //   ln_2        (N,C)   OWN     BRANCH
-//   x_mid       (N,C)   OWN     RESIDUAL   layernorm_backward adds to what residual_backward set
-//   attn_proj   (N,C)   PROJ    RESIDUAL
+//   x_mid       (N,C)   OWN     RESIDUAL   layernorm_backward adds; mlp_proj's was read before that
+//   attn_proj   (N,C)   PROJ    RESIDUAL   likewise: read before the layernorm below adds
 //   attn        (N,C)   OWN     BRANCH     free again: layernorm_backward has read ln_2's gradient
 //   qkv         (N,3C)  OWN     QKV
 //   ln_1        (N,C)   OWN     BRANCH     free again: attention_backward has read attn's gradient
@@ -240,7 +248,7 @@ typedef struct {                       // its activations, in the order in which
 // gradient of logits, the largest activation, overwrites its data (IN_PLACE). mean_rstd, lse,
 // row_lse and correct are OWN, NONE.
 // PROJ is read once, by the next residual_forward, so all blocks can share it. The backward pass
-// reads all other data again.
+// reads all other data again, except for loss and correct, which are for add_loss().
 enum Place {
   NONE,                                // not needed
   OWN,                                 // memory of its own
@@ -256,8 +264,8 @@ typedef struct {
   Tensor *tensor;
   int rows, cols;                      // cols 0: a vector
   double mean, std;                    // of the initial values of a parameter
-  long data_at, grad_at;               // where they begin: a parameter in the Model's weights, an
-                                       //   activation in its memory for activations
+  long data_at, grad_at;               // offsets in the Model's memory; -1: there is no gradient.
+                                       //   Of a parameter: in its weights, data_at for both
 } Entry;
 
 typedef struct {
@@ -271,17 +279,17 @@ typedef struct {
   Tensor embedding;                    // the x that enters the first block
   Activations *act;                    // [n_layer]
   Tensor x_f, x_f_mean_rstd, logits, row_lse, loss, correct;
-  // attention_forward(); generate.c puts one here that finds keys and values in a cache
+  // what forward() calls: attention_forward(), or generate.c's, which caches keys and values
   void (*attention)(Tensor out, Tensor lse, Tensor qkv, int B, int T, int C, int H);
 
   Entry *parameter, *activation;       // the lists
-  int n_parameters, n_activations;
+  int n_parameter_tensors, n_activation_tensors;
   Tensor weights;                      // all parameters, one after the other: first the matrices,
                                        //   then the vectors, since only matrices decay
-  long n_matrices, n_vectors, n_weights;   // numbers in all matrices, in all vectors, in both
+  long n_in_matrices, n_in_vectors, n_weights;   // numbers in the matrices, the vectors, both
   real *memory;                        // all activations and their gradients
   long n_memory, shared_at[N_PLACES];  // -1: this buffer has no place yet
-  long count;                          // of parameters, without the padding in n_weights
+  long n_parameters;                   // numbers in all of them, without the padding in n_weights
   int *token, *target;                 // [max_tokens], of the current micro-batch
   LossSums *sums;
   double *partial;                     // scratch of squared_norm()
@@ -289,19 +297,21 @@ typedef struct {
 
 static long entry_count(const Entry *e) { return (long)e->rows * MAX(e->cols, 1); }
 
-// Places an entry behind those before it, *end numbers; each tensor starts on a cache line.
+// Reserves memory for an entry at offset *end, which moves on; returns the offset. Each tensor
+// begins on a cache line: 16 floats.
 static long place(const Entry *e, long *end) {
   long at = *end;
   *end += (entry_count(e) + 15) / 16 * 16;
   return at;
 }
 
-// The same for an activation, or its gradient. All tensors that share a buffer have its size.
+// The same for an activation, or its gradient; -1 for NONE. The first tensor with a shared place
+// reserves the buffer: all that share it have the same size.
 static long place_activation(Model *m, const Entry *e, enum Place where) {
-  long *at = &m->shared_at[where];
   if (where == NONE) return -1;
-  if (where == OWN || m->unshared || *at < 0) *at = place(e, &m->n_memory);
-  return *at;
+  if (where == OWN || m->unshared) return place(e, &m->n_memory);
+  if (m->shared_at[where] < 0) m->shared_at[where] = place(e, &m->n_memory);
+  return m->shared_at[where];
 }
 
 static Entry *add_entry(Entry **list, int *n, Tensor *tensor, int rows, int cols,
@@ -316,11 +326,11 @@ static Entry *add_entry(Entry **list, int *n, Tensor *tensor, int rows, int cols
 
 static void add_parameter(Model *m, Tensor *t, int rows, int cols, double mean, double std,
                           const char *name, int layer) {
-  Entry *e = add_entry(&m->parameter, &m->n_parameters, t, rows, cols, name, layer);
+  Entry *e = add_entry(&m->parameter, &m->n_parameter_tensors, t, rows, cols, name, layer);
   e->mean = mean; e->std = std;
   // counted from the first matrix, or the first vector; model_layout() adds what is before that
-  e->data_at = place(e, cols ? &m->n_matrices : &m->n_vectors);
-  m->count += entry_count(e);
+  e->data_at = place(e, cols ? &m->n_in_matrices : &m->n_in_vectors);
+  m->n_parameters += entry_count(e);
 }
 
 // A weight (rows,cols) and its bias. cols 0: a vector of weights and one of biases.
@@ -335,7 +345,8 @@ static void add_weight_bias(Model *m, WeightBias *p, int rows, int cols, double 
 
 static void add_activation(Model *m, Tensor *t, int cols, enum Place data, enum Place grad,
                            const char *name, int layer) {
-  Entry *e = add_entry(&m->activation, &m->n_activations, t, m->max_tokens, cols, name, layer);
+  Entry *e = add_entry(&m->activation, &m->n_activation_tensors, t, m->max_tokens, cols, name,
+                       layer);
   e->data_at = place_activation(m, e, data);
   if (!m->training) grad = NONE;
   e->grad_at = grad == IN_PLACE && !m->unshared ? e->data_at : place_activation(m, e, grad);
@@ -400,9 +411,9 @@ static void model_layout(Model *m, Config config, long max_tokens, int training,
   m->act = (Activations *)host_alloc(NULL, config.n_layer * sizeof(Activations));
   memset(m->shared_at, -1, sizeof m->shared_at);
   layout(m);
-  m->n_weights = m->n_matrices + m->n_vectors;
-  for (Entry *e = m->parameter; e < m->parameter + m->n_parameters; e++)
-    if (!e->cols) e->data_at += m->n_matrices;             // the vectors follow the matrices
+  m->n_weights = m->n_in_matrices + m->n_in_vectors;
+  for (Entry *e = m->parameter; e < m->parameter + m->n_parameter_tensors; e++)
+    if (!e->cols) e->data_at += m->n_in_matrices;             // the vectors follow the matrices
 }
 
 static void model_allocate(Model *m) {
@@ -413,22 +424,22 @@ static void model_allocate(Model *m) {
   m->target = (int *)device_alloc(m->max_tokens * sizeof(int));
   m->sums = (LossSums *)device_alloc(sizeof(LossSums));
   m->partial = (double *)device_alloc(chunks(m->n_weights) * sizeof(double));
-  for (Entry *e = m->parameter; e < m->parameter + m->n_parameters; e++) {
+  for (Entry *e = m->parameter; e < m->parameter + m->n_parameter_tensors; e++) {
     e->tensor->data = m->weights.data + e->data_at;
     e->tensor->grad = m->training ? m->weights.grad + e->data_at : NULL;
   }
-  for (Entry *e = m->activation; e < m->activation + m->n_activations; e++) {
+  for (Entry *e = m->activation; e < m->activation + m->n_activation_tensors; e++) {
     e->tensor->data = m->memory + e->data_at;
     e->tensor->grad = e->grad_at < 0 ? NULL : m->memory + e->grad_at;
   }
 }
 
 static void model_init(Model *m, uint64_t seed) {   // random weights
-  for (int i = 0; i < m->n_parameters; i++) {
+  for (int i = 0; i < m->n_parameter_tensors; i++) {
     Entry *e = &m->parameter[i];
     real *w = (real *)host_alloc(NULL, entry_count(e) * sizeof(real));
     for (long j = 0; j < entry_count(e); j++)
-      w[j] = (real)(e->mean + (e->std ? e->std * random_normal(random_bits(seed, i), j) : 0));
+      w[j] = (real)(e->mean + e->std * random_normal(random_bits(seed, i), j));
     copy_in(e->tensor->data, w, entry_count(e) * sizeof(real));
     free(w);
   }
@@ -461,14 +472,14 @@ static void forward(Model *m, int B, int T) {
   crossentropy_forward(m->loss, m->correct, m->row_lse, m->logits, m->target, N, V);
 }
 
-// To be called after forward(). Adds the gradient of dloss * sum_n loss[n] to those of the
-// parameters.
+// Adds the gradient of dloss * sum_n loss[n] to those of the parameters. Each call needs a
+// forward() before it, because the gradient of the logits overwrites them.
 static void backward(Model *m, int B, int T, real dloss) {
   int N = B*T, H = m->config.n_head, C = m->config.n_embd, V = m->config.vocab_size;
   fill(m->loss.grad, N, dloss);
   crossentropy_backward(m->loss, m->correct, m->row_lse, m->logits, m->target, N, V);
   lm_head_backward(m->logits, m->x_f, m->wte, N, C, V);
-  Tensor x = m->config.n_layer ? m->act[m->config.n_layer - 1].x : m->embedding;
+  Tensor x = m->act[m->config.n_layer - 1].x;   // of the last block
   fill(x.grad, (long)N*C, 0);          // ln_f is its only reader, and layernorm_backward adds
   layernorm_backward(m->x_f, m->x_f_mean_rstd, x, m->ln_f, N, C);
   for (int l = m->config.n_layer - 1; l >= 0; l--) {
@@ -507,12 +518,12 @@ static void zero_gradients(void *model) {
 }
 
 // Floating-point operations of forward and backward over N tokens in sequences of T. A multiply-add
-// counts as 2. Each token is multiplied by each number of a matrix once (wpe is added, not
-// multiplied), and in each block by T/2 keys and T/2 values on average. The backward pass has two
-// products for each one of the forward pass, hence the 3.
+// counts as 2. For each token each number of a matrix takes part in one (except those of wpe, which
+// are added), and in each block so do C channels of T/2 keys and of T/2 values on average. The
+// backward pass has two products for each one of the forward pass, hence the 3.
 static double model_flop(const Model *m, double N, double T) {
   double n_multiplied = 0;
-  for (int i = 0; i < m->n_parameters; i++)
+  for (int i = 0; i < m->n_parameter_tensors; i++)
     if (m->parameter[i].cols && m->parameter[i].tensor != &m->wpe)
       n_multiplied += entry_count(&m->parameter[i]);
   return 3 * N * 2 * (n_multiplied + T * m->config.n_embd * m->config.n_layer);
@@ -520,12 +531,15 @@ static double model_flop(const Model *m, double N, double T) {
 
 // ---- 4. Optimizers, one update, the training loop ---------------------------------------------
 
-// A row for each optimizer: its name; its default learning rate; whether weight decay is COUPLED,
-// which adds it to the gradient, or DECOUPLED (Loshchilov and Hutter 2019); and a formula for the
-// step d that is subtracted from a weight with gradient g: w -= learning_rate * d. m and v are its
-// state, two numbers for each weight, initially 0. A new row adds an optimizer everywhere:
-// OPTIMIZERS(ROW) writes ROW(sgd, 1e-1, ..) ROW(momentum, 1e-2, ..) and so on, for any macro ROW.
-// With NAME that becomes an enum, with TABLE_ROW a table, with CASE and LOOP the cases of a switch.
+// A row for each optimizer: its name; its default learning rate; its kind of weight decay; and a
+// formula for the step d that is subtracted from a weight with gradient g: w -= learning_rate * d.
+// m and v are its state, two numbers for each weight, initially 0. Weight decay is COUPLED, g +=
+// weight_decay * w before the formula, or DECOUPLED, w -= learning_rate * weight_decay * w
+// (Loshchilov and Hutter 2019).
+//
+// A new row adds an optimizer everywhere, because OPTIMIZERS(ROW) writes ROW(sgd, 1e-1, ..)
+// ROW(momentum, 1e-2, ..) and so on, for any macro ROW: with NAME that becomes an enum, with
+// TABLE_ROW a table, with CASE and LOOP the cases of a switch.
 #define OPTIMIZERS(ROW)                                                                            \
   ROW(sgd,      1e-1, COUPLED,   d = g)                                  /* Robbins, Monro 1951 */ \
   ROW(momentum, 1e-2, COUPLED,   m = beta1*m + g;  d = m)                /* Polyak 1964 */         \
@@ -624,7 +638,7 @@ typedef struct {                       // a model in training, and how far it ha
   const char *name;
   Model model;
   real *moment_m, *moment_v;           // the optimizer's state, laid out like model.weights
-  OptimizerConfig config;              // of the current update
+  OptimizerConfig optimizer;           // of the current update
   int accumulate;                      // micro-batches in an update
   long updates, tokens;                // so far
   double seconds;                      // of training so far, without evaluation
@@ -671,15 +685,15 @@ static OptimizerConfig optimizer_config(const Trainer *t) {
 }
 
 // The last part of an update: the norm for clipping, then the optimizer. Weight decay is for
-// matrices only; they are weights 0..n_matrices-1, the vectors follow.
+// matrices only; they are weights 0..n_in_matrices-1, the vectors follow.
 static void apply_gradients(void *argument) {
   Trainer *t = (Trainer *)argument;
   Model *m = &t->model;
-  OptimizerConfig decay = t->config, no_decay = t->config;
+  OptimizerConfig decay = t->optimizer, no_decay = t->optimizer;
   no_decay.weight_decay = 0;
   squared_norm(&m->sums->grad_norm2, m->partial, m->weights.grad, m->n_weights);
-  optimizer_step(m->weights, t->moment_m, t->moment_v, 0, m->n_matrices, decay, m->sums);
-  optimizer_step(m->weights, t->moment_m, t->moment_v, m->n_matrices, m->n_weights, no_decay,
+  optimizer_step(m->weights, t->moment_m, t->moment_v, 0, m->n_in_matrices, decay, m->sums);
+  optimizer_step(m->weights, t->moment_m, t->moment_v, m->n_in_matrices, m->n_weights, no_decay,
                  m->sums);
 }
 
@@ -701,8 +715,8 @@ static void update(Trainer *t) {
     load_micro_batch(m, t->updates * t->accumulate + k);
     launch_recorded(run_micro_batch, &batch, sizeof batch);
   }
-  t->config = optimizer_config(t);     // has another learning rate each time: so what follows is
-  launch(apply_gradients, t);          //   launched, not recorded
+  t->optimizer = optimizer_config(t);
+  launch(apply_gradients, t);          // not recorded: the learning rate is another each time
   copy_out(&sums, m->sums, sizeof sums);   // waits until a GPU has finished
   t->updates++;
   t->tokens += (long)tokens;
@@ -717,14 +731,15 @@ static void update(Trainer *t) {
   log_update(t);
 }
 
-// The training loop. It evaluates before the first update; every --eval_interval updates and after
-// the last one it evaluates and saves; and it saves when Ctrl-C stops it. With --eval_interval 0 it
-// only saves, at the end (but --compare still evaluates first and last). Returns the exit code of
-// the program.
+// The training loop. It evaluates, and saves what has changed, after each number of updates that
+// --eval_interval divides, 0 included, and after the last one. With --eval_interval 0 it only
+// saves, at the end. --compare rounds the interval to whole updates of trainer[1], evaluates at
+// least first and last, and saves the log and the plot only. Ctrl-C ends the loop, with a save.
+// Returns the exit code of the program.
 static int train(void) {
   Trainer *t = &trainer[0];
   int every = opt.eval_interval;
-  if (opt.compare)                       // so that both trainers are evaluated after an update
+  if (opt.compare)                       // when trainer[1] has seen the same tokens
     every = every ? MAX(1, every / opt.compare) * opt.compare : MAX(1, opt.max_steps);
   for (;;) {
     int finished = t->updates >= opt.max_steps;
@@ -762,10 +777,10 @@ static real max_of(const real *x, int n);
 #define INDEPENDENT _Pragma("GCC ivdep")
 #endif
 
-// Where a sum runs over rows, a thread owns blocks of WIDE columns: so many that a row of a block
-// is several cache lines, and several vector additions that need not wait for one another.
+// Where a sum runs over rows, an iteration owns a strip of WIDE columns: wide enough for several
+// cache lines, and for several vector additions that need not wait for one another.
 enum { WIDE = 64 };
-static int column_blocks(int columns) { return (columns + WIDE - 1) / WIDE; }
+static int column_strips(int columns) { return (columns + WIDE - 1) / WIDE; }
 
 // residual: out = x + f
 static void residual_forward(Tensor out, Tensor x, Tensor f, int N, int C) {
@@ -801,8 +816,8 @@ static void gelu_backward(Tensor y, Tensor x, int N, int C) {
     real *dx_n = x.grad + n*C;                   // in the model this is dy_n itself
     INDEPENDENT for (int c = 0; c < C; c++) {
       real h = tanh_(GELU_A * (x_n[c] + GELU_B * x_n[c] * x_n[c] * x_n[c]));
-      real du = GELU_A * (1 + 3 * GELU_B * x_n[c] * x_n[c]);
-      dx_n[c] = dy_n[c] * ((1 + h) / 2 + x_n[c] * (1 - h*h) / 2 * du);
+      real du_dx = GELU_A * (1 + 3 * GELU_B * x_n[c] * x_n[c]);
+      dx_n[c] = dy_n[c] * ((1 + h) / 2 + x_n[c] * (1 - h*h) / 2 * du_dx);
     }
   }
 }
@@ -821,11 +836,11 @@ static void embedding_backward(Tensor out, const int *token, Tensor wte, Tensor 
                                int B, int T, int C) {
   // dwte[v,c] += the sum of dout[n,c] over all n with token[n] == v. Two rows may have the same
   // token, so a thread owns columns of wte, not rows of out.
-  parallel_for (block, column_blocks(C))
+  parallel_for (strip, column_strips(C))
     for (int n = 0; n < B*T; n++) {
       const real *dout_n = out.grad + (long)n*C;
       real *dtoken_row = wte.grad + (long)token[n]*C;
-      for (int c = block*WIDE; c < MIN(C, (block + 1)*WIDE); c++) dtoken_row[c] += dout_n[c];
+      for (int c = strip*WIDE; c < MIN(C, (strip + 1)*WIDE); c++) dtoken_row[c] += dout_n[c];
     }
   // dwpe[t,c] += sum_b dout[b*T + t,c]
   parallel_for (t, T)
@@ -847,9 +862,9 @@ static void linear_backward(Tensor y, Tensor x, WeightBias p, int N, int C, int 
   Matrix dy = rows_of(y.grad, O), w = rows_of(p.weight.data, O);
   // dx[n,c] = sum_o dy[n,o] w[c,o]
   matmul(rows_of(x.grad, C), dy, transpose(w), N, C, O, SET, NULL);
-  // dw[c,o] += sum_n x[n,c] dy[n,o]
+  // dw[c,o] += sum_n x[n,c] dy[n,o]. Threads share the elements of dw, never the sum over n, so its
+  // order is the same for any number of threads.
   matmul(rows_of(p.weight.grad, O), transpose(rows_of(x.data, C)), dy, C, O, N, ADD, NULL);
-  // (threads divide the elements of dw, never the sum over n: its order does not depend on them)
   // db[o] += sum_n dy[n,o]
   add_columns(p.bias.grad, y.grad, N, O);
 }
@@ -888,9 +903,9 @@ static void layernorm_forward(Tensor out, Tensor mean_rstd, Tensor x, WeightBias
 }
 
 static void layernorm_backward(Tensor out, Tensor mean_rstd, Tensor x, WeightBias p, int N, int C) {
-  // g[n,c] = dout[n,c] w[c]; dx[n,c] += rstd (g - avg_c(g) - xhat avg_c(g xhat)), where avg_c
-  // is the mean over c. Shifting or scaling a row of x does not change out, so dx has no component
-  // in these two directions.
+  // g[n,c] = dout[n,c] w[c]; dx[n,c] += rstd (g - avg_c(g) - xhat avg_c(g xhat)), where avg_c is
+  // the mean over c. Adding a constant to a row of x does not change out, nor (but for the 1e-5)
+  // does scaling x - mean: so what is added to dx has no component along (1,..,1), nor along xhat.
   parallel_for (n, N) {
     const real *x_n = x.data + n*C, *dout_n = out.grad + n*C, *w = p.weight.data;
     real *dx_n = x.grad + n*C, mean = mean_rstd.data[2*n], rstd = mean_rstd.data[2*n + 1];
@@ -900,9 +915,9 @@ static void layernorm_backward(Tensor out, Tensor mean_rstd, Tensor x, WeightBia
       dx_n[c] += rstd * (dout_n[c] * w[c] - avg_g - (x_n[c] - mean) * rstd * avg_g_xhat);
   }
   // dw[c] += sum_n dout[n,c] xhat[n,c]
-  parallel_for (block, column_blocks(C)) {
+  parallel_for (strip, column_strips(C)) {
     real dw[WIDE] = {0};
-    int c = block*WIDE, width = MIN(WIDE, C - c);
+    int c = strip*WIDE, width = MIN(WIDE, C - c);
     for (int n = 0; n < N; n++) {
       const real *x_n = x.data + (long)n*C + c, *dout_n = out.grad + (long)n*C + c;
       real mean = mean_rstd.data[2*n], rstd = mean_rstd.data[2*n + 1];
@@ -950,14 +965,16 @@ static void crossentropy_backward(Tensor loss, Tensor correct, Tensor row_lse, T
 //   datt[t,s] = dout[t].v[s];      dz[t,s] = att[t,s] (datt[t,s] - dout[t].out[t])
 //   dv[s] = sum_t att[t,s] dout[t];  dq[t] = sum_s dz[t,s] k[s] / sqrt(D);
 //   dk[s] = sum_t dz[t,s] q[t] / sqrt(D)                     each sum over the pairs with s <= t
-// (dout[t].out[t] is sum_s att[t,s] datt[t,s]: the derivative of softmax needs this sum.) Backward
-// gets lse and out, not att: T numbers a head, not T*T.
-// A row of qkv has the queries of all heads, then the keys, then the values, D numbers each:
+// (dout[t].out[t] is sum_s att[t,s] datt[t,s]: the derivative of softmax needs this sum.) att is
+// not kept: backward computes it again from lse, T numbers a head instead of T*T. A row of qkv has
+// the queries of all heads, then the keys, then the values, D numbers each:
 //
 //   | q of h 0 | q of h 1 | ... | k of h 0 | k of h 1 | ... | v of h 0 | v of h 1 | ... |
 //   0          D                C                           2C                          3C
 //
-// Where a head's numbers of token 0 are. From token to token q, k and v move on by 3C, out by C.
+
+// One head of one sequence: where its numbers of token 0 are. From token to token q, k and v move
+// on by 3C, out by C, lse by 1.
 typedef struct { real *q, *k, *v, *out, *lse; } Head;
 
 static Head head_of(real *qkv, real *out, real *lse, long bh, int T, int C, int H) {
@@ -967,12 +984,12 @@ static Head head_of(real *qkv, real *out, real *lse, long bh, int T, int C, int 
   return head;
 }
 
-// The plain form: for each query a loop over the keys. The fast form, at the end of section 6,
-// gives the same for finite numbers, but for rounding.
-static real z_of(const real *q, const real *k, int D) {
+static real z_of(const real *q, const real *k, int D) {   // z[t,s], from q[t] and k[s]
   return SUM(real, d, D, q[d] * k[d]) / sqrt((real)D);
 }
 
+// The plain form: for each query a loop over the keys. The fast form, at the end of section 6,
+// gives the same for finite numbers, but for rounding.
 static void attention_plain_forward(Tensor out, Tensor lse, Tensor qkv, int B, int T, int C,
                                     int H) {
   int D = C / H, row = 3*C;
@@ -980,7 +997,10 @@ static void attention_plain_forward(Tensor out, Tensor lse, Tensor qkv, int B, i
     Head a = head_of(qkv.data, out.data, lse.data, bh, T, C, H);
     for (long t = 0; t < T; t++) {
       real max = -INFINITY, sum = 0, *out_t = a.out + t*C;
-      for (long s = 0; s <= t; s++) max = MAX(max, z_of(a.q + t*row, a.k + s*row, D));
+      for (long s = 0; s <= t; s++) {
+        real z = z_of(a.q + t*row, a.k + s*row, D);
+        max = MAX(max, z);
+      }
       for (int d = 0; d < D; d++) out_t[d] = 0;
       for (long s = 0; s <= t; s++) {
         real weight = exp_(z_of(a.q + t*row, a.k + s*row, D) - max);   // att[t,s] * sum
@@ -991,6 +1011,7 @@ static void attention_plain_forward(Tensor out, Tensor lse, Tensor qkv, int B, i
       a.lse[t] = max + log(sum);
     }
   }
+  profile_flop(2.0*B*T*T*C);
 }
 
 static void attention_plain_backward(Tensor out, Tensor lse, Tensor qkv, int B, int T, int C,
@@ -1015,6 +1036,7 @@ static void attention_plain_backward(Tensor out, Tensor lse, Tensor qkv, int B, 
       }
     }
   }
+  profile_flop(5.0*B*T*T*C);
 }
 
 // ---- 6. Matmul, sums, exp and the fast attention ----------------------------------------------
@@ -1029,6 +1051,7 @@ static void matmul_plain(Matrix c, Matrix a, Matrix b, int M, int N, int K, int 
       for (int k = 0; k < K; k++) sum += a.at[i*a.down + k*a.right] * b.at[k*b.down + j*b.right];
       *y = sum + (mode == ADD ? *y : bias ? bias[j] : 0);
     }
+  profile_flop(2.0 * M * N * K);
 }
 
 // Its inner loop loads two numbers for each multiply-add; unless b is transposed, those of b lie in
@@ -1279,8 +1302,8 @@ static void matmul(Matrix c, Matrix a, Matrix b, int M, int N, int K, int mode, 
 }
 
 static void add_columns(real *sum, const real *x, int N, int O) {
-  parallel_for (block, column_blocks(O)) {
-    int o = block*WIDE, width = MIN(WIDE, O - o);
+  parallel_for (strip, column_strips(O)) {
+    int o = strip*WIDE, width = MIN(WIDE, O - o);
     real part[WIDE] = {0};
     for (int n = 0; n < N; n++)
       for (int j = 0; j < width; j++) part[j] += x[(long)n*O + o + j];
@@ -1497,17 +1520,17 @@ static void attention_backward(Tensor out, Tensor lse, Tensor qkv, int B, int T,
 
 // Waits until all threads have come here: the last one to arrive changes `phase`, for which the
 // others wait. It spins first, since the others are microseconds away; then it lets other threads
-// run; then it sleeps, so that idle threads cost nothing. RELEASE and ACQUIRE say that what a
+// run; then it sleeps, so that idle threads cost little. RELEASE and ACQUIRE say that what a
 // thread wrote before the barrier is seen by all after it.
 static struct {            // padded to separate cache lines, against false sharing
   int arrived; char pad1[60];
-  int phase; char pad2[60];
+  unsigned phase; char pad2[60];
 } gate;
 
 static void profile_mark(const char *function);
 
 static void barrier(const char *function) {
-  int phase = __atomic_load_n(&gate.phase, __ATOMIC_RELAXED);
+  unsigned phase = __atomic_load_n(&gate.phase, __ATOMIC_RELAXED);
   if (__atomic_add_fetch(&gate.arrived, 1, __ATOMIC_ACQ_REL) == n_threads) {
     __atomic_store_n(&gate.arrived, 0, __ATOMIC_RELAXED);
     __atomic_store_n(&gate.phase, phase + 1, __ATOMIC_RELEASE);   // opens the gate
@@ -1517,25 +1540,27 @@ static void barrier(const char *function) {
       if (spins > 20000) nanosleep(&nap, NULL);
       else if (spins > 2000) sched_yield();
   }
-  if (opt.profile && thread_id == 0) profile_mark(function);   // NULL: by launch()
+  if (opt.profile && thread_id == 0) profile_mark(function);
 }
 
 static void (*launched_work)(void *);
 static void *launched_argument;
 
 static void *worker(void *id) {
-  for (thread_id = (int)(intptr_t)id; ; ) {
+  thread_id = (int)(intptr_t)id;
+  for (;;) {
     barrier(NULL);                               // until something is launched
     launched_work(launched_argument);
     barrier(NULL);                               // until all have finished
   }
-  return NULL;
+  return NULL;                                   // never
 }
 
 static const char *device_start(int threads, const char *precision) {
   if (strcmp(precision, "fp32"))
     die("--precision %s: expected fp32 (./train_gpu also has bf16)", precision);
-  int running = n_threads;                       // by an earlier call
+  int running = n_threads;                       // by an earlier call; threads are only added
+  assert(threads >= running);
   n_threads = threads;
   for (int i = running; i < threads; i++) {
     pthread_t thread;
@@ -1553,16 +1578,17 @@ static void launch(void (*work)(void *), void *argument) {
   barrier(NULL);
 }
 
-// Asks Linux for pages of 2 MB instead of 4 KB: a core remembers where only some of them are, and a
-// tile touches one in each of its rows. Measured: 0 to 4 % of a step.
+// Asks Linux for pages of 2 MB instead of 4 KB: a core's TLB, its cache of page addresses, is
+// small, and a tile of the matmul touches a page in each of its rows. Measured: 0 to 4 % of a step.
 static void *device_alloc(size_t bytes) {
   enum { BIG_PAGE = 1 << 21 };
-  double there = (double)sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE);
+  double installed = (double)sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE);
   void *p = NULL;
   device_bytes += bytes;
-  if (device_bytes > there || posix_memalign(&p, bytes < BIG_PAGE ? 64 : BIG_PAGE, MAX(bytes, 1)))
+  if (device_bytes > installed ||
+      posix_memalign(&p, bytes < BIG_PAGE ? 64 : BIG_PAGE, MAX(bytes, 1)))
     die("cannot allocate %.1f MB of memory (the machine has %.1f MB): lower " LOWER,
-        device_bytes / 1e6, there / 1e6);
+        device_bytes / 1e6, installed / 1e6);
 #ifdef MADV_HUGEPAGE
   if (bytes >= BIG_PAGE) madvise(p, bytes, MADV_HUGEPAGE);
 #endif
@@ -1655,7 +1681,7 @@ static struct {
   unsigned char *byte;
   long size, train_size;
   uint64_t hash;           // of the bytes: --resume wants the same text
-  double floor;            // the lowest loss that a model can reach on the rest; NaN: not known
+  double floor;            // the lowest possible loss of the validation part; NaN: not known
 } text;
 
 // The contents of a file and a 0 after it, in memory that the caller frees.
@@ -1737,13 +1763,14 @@ static Evaluation evaluate(Model *m, long begin, long end) {
   LossSums sums = {0, 0, 0};
   double started = seconds(), tokens = (double)windows * T;
   copy_in(m->sums, &sums, sizeof sums);
-  for (long w = 0; w < windows && !interrupted; w += batch.B) {
+  for (long w = 0; w < windows && !interrupted; ) {
     batch.B = (int)MIN(at_once, windows - w);
     for (int b = 0; b < batch.B; b++) start[b] = begin + (w + b) * T;
     load_windows(m, text.byte, start, batch.B, T);
     launch_recorded(run_micro_batch, &batch, sizeof batch);
+    w += batch.B;
     show("evaluating: %ld of %ld windows, %.0f s left", w, windows,
-         (seconds() - started) * (windows - w) / (w + 1));
+         (seconds() - started) * (windows - w) / w);
   }
   free(start);
   copy_out(&sums, m->sums, sizeof sums);
@@ -1752,15 +1779,15 @@ static Evaluation evaluate(Model *m, long begin, long end) {
 }
 
 // ---- 9. Checkpoint ----------------------------------------------------------------------------
-// The folder of a run has model.safetensors, config.json and two files for a tokenizer, which
-// Hugging Face's library opens, and state.safetensors, which has all that --resume needs. The last
-// is written first: its rename is the moment of a save, and the others are derived from it.
-// Besides, there are log.csv and loss.svg (section 10), and .lock, an empty file. generate.c reads
-// the first two. --compare writes only log.csv and loss.svg.
+// The folder of a run has state.safetensors, which has all that --resume needs; model.safetensors,
+// config.json and two files for a tokenizer, which Hugging Face's library opens; log.csv and
+// loss.svg (section 10); and .lock, an empty file. A save writes the log and the plot, then
+// state.safetensors, whose rename is the moment of the save, then what is derived from it.
+// generate.c reads model.safetensors and config.json. --compare writes only log.csv and loss.svg.
 
 // An option is a row of the table in section 11; name is NULL after the last one. Sizes of the
 // model have a json name: their key in config.json.
-enum { SWITCH, INTEGER, NUMBER, TEXT };          // kinds: of int, int, double, const char *
+enum { SWITCH, INTEGER, NUMBER, TEXT };          // fields of int, int, double, const char *
 enum { IN_STATE = 1, FIXED };                    // FIXED: saved, and --resume cannot change it
 typedef struct {
   const char *name, *json;
@@ -1776,7 +1803,14 @@ typedef struct {
 extern Option train_options[];
 #define JSON_SPACE " \t\r\n"
 #define for_sizes(o) for (Option *o = train_options; o->name; o++) if (o->json)
-static const char *option_text(const Option *o);   // its value, as it would be typed
+
+static const char *option_text(const Option *o) {   // its value, as it would be typed,
+  static char number[32];                        //   valid until the next call
+  if (o->kind == TEXT) return *(const char **)o->value;
+  if (o->kind == NUMBER) snprintf(number, sizeof number, "%.17g", *(double *)o->value);
+  else snprintf(number, sizeof number, "%d", *(int *)o->value);
+  return number;
+}
 
 static const char *path_of(const char *folder, const char *name) {   // valid until the next call
   static char path[4096];
@@ -1796,7 +1830,8 @@ static void output_failed(void) {
   die("%s cannot be written: %s", output.path, strerror(error));
 }
 
-// What a file would replace must be a regular file, and not the text; folder may be NULL.
+// Sets output.path. If a file is there already, it must be a regular file, and not the text. folder
+// may be NULL.
 static void output_check(const char *folder, const char *name) {
   struct stat info, other;
   snprintf(output.path, sizeof output.path, "%s", path_of(folder, name));
@@ -1847,6 +1882,7 @@ static void open_folder(void) {
   if (fd < 0) die("--out %s cannot be written in: %s", opt.out, strerror(errno));
   memset(&lock, 0, sizeof lock);
   lock.l_type = F_WRLCK;
+  // If another process has the lock, says which. Where files cannot be locked, goes on without.
   if (fcntl(fd, F_SETLK, &lock) && !fcntl(fd, F_GETLK, &lock) && lock.l_type != F_UNLCK)
     die("--out %s: process %ld is training there: wait until it ends, or use another folder",
         opt.out, (long)lock.l_pid);
@@ -1932,7 +1968,7 @@ static int json_integers(const char *s, long *x, int most) {
 
 // Copies a string, at most size - 1 bytes, and decodes the escapes that write_string() writes.
 // Returns 0 if there is none.
-static int json_string(const char *s, char *text, size_t size) {
+static int json_string(const char *s, char *out, size_t size) {
   size_t n = 0;
   if (*s != '"') return 0;
   for (s++; *s && *s != '"' && n < size - 1; n++) {
@@ -1940,10 +1976,10 @@ static int json_string(const char *s, char *text, size_t size) {
     char hex[3] = {0};
     if (!strncmp(s, "\\u00", 4)) strncpy(hex, s + 4, 2);
     int escaped = sscanf(hex, "%2x", &code) == 1;
-    text[n] = escaped ? (char)code : *s;
+    out[n] = escaped ? (char)code : *s;
     s += escaped ? 4 + strlen(hex) : 1;
   }
-  text[n] = 0;
+  out[n] = 0;
   return 1;
 }
 
@@ -1980,7 +2016,7 @@ static StoredTensor read_entry(const Safetensors *st, const char *s) {
   return t;
 }
 
-static int by_offset(const void *a, const void *b) {
+static int by_offset(const void *a, const void *b) {   // by begin; if that is equal, by end
   const long *x = (const long *)a, *y = (const long *)b;
   int k = x[0] == y[0];
   return (x[k] > y[k]) - (x[k] < y[k]);
@@ -2009,31 +2045,33 @@ static void check_offsets(const Safetensors *st) {
 }
 
 // Opens a file and checks its header; any fault ends the program.
-static Safetensors safetensors_open(const char *folder, const char *name) {
-  Safetensors st;
+static Safetensors *safetensors_open(const char *folder, const char *name, Safetensors *next) {
+  Safetensors *st = (Safetensors *)host_alloc(NULL, sizeof *st);
   struct stat info;
   uint64_t size = 0;
-  strcpy(st.path, path_of(folder, name));
-  st.next = NULL;
-  if (stat(st.path, &info)) die("%s: %s", st.path, strerror(errno));
-  if (!S_ISREG(info.st_mode)) die("%s is not a file", st.path);   // to open a pipe would wait
-  if (!(st.file = fopen(st.path, "rb"))) die("%s: %s", st.path, strerror(errno));
-  if (fread(&size, 1, 8, st.file) != 8) die("%s is truncated", st.path);
+  strcpy(st->path, path_of(folder, name));
+  st->next = next;
+  if (stat(st->path, &info)) die("%s: %s", st->path, strerror(errno));
+  if (!S_ISREG(info.st_mode)) die("%s is not a file", st->path);   // to open a pipe would wait
+  if (!(st->file = fopen(st->path, "rb"))) die("%s: %s", st->path, strerror(errno));
+  if (fread(&size, 1, 8, st->file) != 8) die("%s is truncated", st->path);
   if (size > 100000000 || (long)size > (long)info.st_size - 8)
     die("%s: its header should have %llu bytes, the file has %ld: truncated, or not safetensors?",
-        st.path, (unsigned long long)size, (long)info.st_size);
-  st.header = (char *)host_alloc(NULL, size + 1);   // with a 0 at the end
-  if (fread(st.header, 1, size, st.file) != size) die("%s: %s", st.path, strerror(errno));
-  st.begin = 8 + (long)size;
-  st.bytes = (long)info.st_size - st.begin;
-  check_offsets(&st);
+        st->path, (unsigned long long)size, (long)info.st_size);
+  st->header = (char *)host_alloc(NULL, size + 1);   // with a 0 at the end
+  if (fread(st->header, 1, size, st->file) != size) die("%s: %s", st->path, strerror(errno));
+  st->begin = 8 + (long)size;
+  st->bytes = (long)info.st_size - st->begin;
+  check_offsets(st);
   return st;
 }
 
 static void safetensors_close(Safetensors *st) {   // a file keeps its disk space while it is open
-  for (; st; st = st->next) {
+  for (Safetensors *next; st; st = next) {
+    next = st->next;
     fclose(st->file);
     free(st->header);
+    free(st);
   }
 }
 
@@ -2050,12 +2088,12 @@ static int find_tensor(const Safetensors *st, const char *prefix, const char *na
 
 // Opens the weights in a folder: model.safetensors, or the files that model.safetensors.index.json
 // names if a large model was saved in several: {"weight_map":{"NAME":"FILE",..},..}
-static Safetensors open_weights(const char *folder) {
+static Safetensors *open_weights(const char *folder) {
   char name[256];
   long size;
-  Safetensors first, *last = NULL;
+  Safetensors *list = NULL, *f;
   if (!access(path_of(folder, "model.safetensors"), F_OK))
-    return safetensors_open(folder, "model.safetensors");
+    return safetensors_open(folder, "model.safetensors", NULL);
   if (access(path_of(folder, "model.safetensors.index.json"), F_OK)) {
     if (!access(path_of(folder, "pytorch_model.bin"), F_OK) ||
         !access(path_of(folder, "pytorch_model.bin.index.json"), F_OK))
@@ -2067,18 +2105,14 @@ static Safetensors open_weights(const char *folder) {
   const char *s = json_find(index, "", "weight_map"), *end = s + strcspn(s, "}");
   for (; (s = strchr(s, ':')) && s < end; s++) {   // each value names a file
     if (!json_string(s + 1 + strspn(s + 1, JSON_SPACE), name, sizeof name)) continue;
-    Safetensors *f = last ? &first : NULL;
-    while (f && strcmp(f->path, path_of(folder, name))) f = f->next;
+    for (f = list; f && strcmp(f->path, path_of(folder, name)); ) f = f->next;
     if (f) continue;
     if (strchr(name, '/')) die("%s: a file of weights is %s, outside of it", folder, name);
-    f = last ? (Safetensors *)host_alloc(NULL, sizeof *f) : &first;
-    *f = safetensors_open(folder, name);
-    if (last) last->next = f;
-    last = f;
+    list = safetensors_open(folder, name, list);
   }
-  if (!last) die("%s: model.safetensors.index.json names no files", folder);
+  if (!list) die("%s: model.safetensors.index.json names no files", folder);
   free(index);
-  return first;
+  return list;
 }
 
 static double decode(const char *dtype, const char *at) {   // F64, F32, F16 or BF16
@@ -2096,24 +2130,21 @@ static double decode(const char *dtype, const char *at) {   // F64, F32, F16 or 
 // Reads the first n numbers of a tensor.
 static void read_numbers(const StoredTensor *t, real *x, long n) {
   const Safetensors *st = t->st;
-  enum { AT_ONCE = 4096 };
-  char buffer[AT_ONCE * 8];
   if (strcmp(t->dtype, "F32") && strcmp(t->dtype, "F64") && strcmp(t->dtype, "F16") &&
       strcmp(t->dtype, "BF16"))
     die("%s: a tensor is %s, not F32, F64, F16 or BF16", st->path, t->dtype);
-  int failed = fseek(st->file, st->begin + t->offset[0], SEEK_SET);
-  for (long i = 0; i < n && !failed; i++) {
-    size_t part = MIN((long)AT_ONCE, n - i);
-    if (i % AT_ONCE == 0) failed = fread(buffer, t->size, part, st->file) != part;
-    x[i] = (real)decode(t->dtype, buffer + i % AT_ONCE * t->size);
-  }
-  if (failed) die("%s cannot be read: %s", st->path, strerror(errno));
+  char *raw = (char *)host_alloc(NULL, n * t->size);
+  if (fseek(st->file, st->begin + t->offset[0], SEEK_SET) ||
+      fread(raw, t->size, n, st->file) != (size_t)n)
+    die("%s cannot be read: %s", st->path, strerror(errno));
+  for (long i = 0; i < n; i++) x[i] = (real)decode(t->dtype, raw + i * t->size);
+  free(raw);
 }
 
 // Reads all parameters of a model to base, which is laid out like m->weights; with base NULL only
 // checks that they are there in their shapes. Of a longer wpe the first positions are taken.
 static void read_parameters(const Model *m, const Safetensors *st, const char *prefix, real *base) {
-  for (const Entry *e = m->parameter; e < m->parameter + m->n_parameters; e++) {
+  for (const Entry *e = m->parameter; e < m->parameter + m->n_parameter_tensors; e++) {
     StoredTensor t;
     if (!find_tensor(st, prefix, e->name, &t))
       die("%s has no tensor %s%s: is it a GPT-2?", st->path, prefix, e->name);
@@ -2132,8 +2163,8 @@ static void read_parameters(const Model *m, const Safetensors *st, const char *p
 
 // ---- The folder of a model
 
-// What config.json says besides the sizes. The program supports only these values: a file in which
-// one of the required values differs is refused.
+// What config.json says besides the sizes. required: the program supports no other value, and
+// refuses a file that has one. (A missing key means GPT-2's default, which is the same.)
 static const struct { const char *key, *value; int required; } hf_config[] = {
   {"model_type", "\"gpt2\"", 1}, {"activation_function", "\"gelu_new\"", 1},
   {"layer_norm_epsilon", "1e-05", 1}, {"tie_word_embeddings", "true", 1},
@@ -2210,7 +2241,7 @@ static void write_parts(const Trainer *t, const char *file_name, int parts,
                         void (*write_metadata)(FILE *)) {
   const Model *m = &t->model;
   const real *base[] = {m->weights.data, t->moment_m, t->moment_v};
-  int n = m->n_parameters;
+  int n = m->n_parameter_tensors;
   NamedTensor *list = (NamedTensor *)host_alloc(NULL, parts*n * sizeof(NamedTensor));
   for (int i = 0; i < parts*n; i++) {
     Entry *e = &m->parameter[i % n];
@@ -2256,20 +2287,21 @@ static void write_tokenizer_config(FILE *f) {
 static void write_if_changed(const char *name, void (*write)(FILE *)) {
   static const char *const others[] = {"model.safetensors", "model.safetensors.index.json",
                                        "tokenizer.json", "tokenizer_config.json"};
-  char *text = NULL, *old = NULL;
+  char *now = NULL, *old = NULL;
   size_t size = 0;
   long old_size = -1;
-  FILE *memory = open_memstream(&text, &size);
+  FILE *memory = open_memstream(&now, &size);
   if (memory) write(memory);
   if (!memory || ferror(memory) || fclose(memory)) die("no memory for %s", name);
   if (!access(path_of(opt.out, name), F_OK)) old = read_file(path_of(opt.out, name), &old_size);
-  if (old_size != (long)size || memcmp(old, text, size)) {
-    for (int i = 0; i < 4 && write == write_config; i++) unlink(path_of(opt.out, others[i]));
+  if (old_size != (long)size || memcmp(old, now, size)) {
+    if (write == write_config)
+      for (int i = 0; i < 4; i++) unlink(path_of(opt.out, others[i]));
     output_open(opt.out, name);
-    output_write(text, size);
+    output_write(now, size);
     output_close();
   }
-  free(text);
+  free(now);
   free(old);
 }
 
@@ -2301,47 +2333,22 @@ static void check_tied(const Model *m, const StoredTensor *head) {
 // Hugging Face hub have no prefix, and masks besides the weights, which are ignored.
 static void model_load(Model *m, const char *folder) {
   char value[4096];
-  Safetensors st = open_weights(folder);
+  Safetensors *st = open_weights(folder);
   for_sizes (o)
-    if (metadata(&st, o->name, value) && atol(value) != o->stored)
-      die("%s was saved with %s %.20s, but config.json says %ld: are they of two models?", st.path,
+    if (metadata(st, o->name, value) && atol(value) != o->stored)
+      die("%s was saved with %s %.20s, but config.json says %ld: are they of two models?", st->path,
           o->name, value, o->stored);
   StoredTensor t;
-  const char *prefix = find_tensor(&st, "", "wte.weight", &t) ? "" : "transformer.";
+  const char *prefix = find_tensor(st, "", "wte.weight", &t) ? "" : "transformer.";
   char next_layer[64];
   snprintf(next_layer, sizeof next_layer, "h.%d.ln_1.weight", m->config.n_layer);
-  if (find_tensor(&st, prefix, next_layer, &t))
-    die("%s has more layers than config.json says: are they of two models?", st.path);
-  read_parameters(m, &st, prefix, NULL);
+  if (find_tensor(st, prefix, next_layer, &t))
+    die("%s has more layers than config.json says: are they of two models?", st->path);
+  read_parameters(m, st, prefix, NULL);
   model_allocate(m);
-  read_parameters(m, &st, prefix, m->weights.data);
-  if (find_tensor(&st, "", "lm_head.weight", &t)) check_tied(m, &t);
-  safetensors_close(&st);
-}
-
-static void read_log(Trainer *t);
-
-// Continues from a saved state: `st` is open, and its options have been read.
-static void resume(Trainer *t, Safetensors *st) {
-  char step[4096], hash[4096], tokens[4096], *end;
-  if (!metadata(st, "step", step) || !metadata(st, "text_hash", hash))
-    die("%s is not a saved state of this program", st->path);
-  if (strtoull(hash, NULL, 16) != text.hash)
-    die("%s was saved in training on another text than %s: name that text, or start from the "
-        "weights with --init %s and another --out", st->path, text.path, opt.out);
-  t->updates = strtol(step, &end, 10);
-  if (end == step || *end || t->updates < 0 || t->updates >= 1000000000)
-    die("%s: its step is %.40s, expected a whole number below 1e9", st->path, step);
-  if (metadata(st, "tokens", tokens)) t->tokens = strtol(tokens, NULL, 10);
-  if (t->tokens < 0 || t->tokens > LONG_MAX / 2)
-    die("%s: its count of tokens is %.40s", st->path, tokens);
-  real *part[] = {t->model.weights.data, t->moment_m, t->moment_v};
-  for (int i = 0; i < 3; i++) read_parameters(&t->model, st, part_prefix[i], part[i]);
+  read_parameters(m, st, prefix, m->weights.data);
+  if (find_tensor(st, "", "lm_head.weight", &t)) check_tied(m, &t);
   safetensors_close(st);
-  read_log(t);
-  t->first_update = t->saved_update = t->updates;
-  t->first_seconds = t->seconds;
-  save_model(t);                                 // a save may have been killed after the state
 }
 
 // ---- 10. Log, plot, console -------------------------------------------------------------------
@@ -2367,7 +2374,7 @@ static LogRow *add_log_row(const Trainer *t) {
 static void log_update(const Trainer *t) {
   LogRow *r = add_log_row(t);
   r->x[TRAIN_LOSS] = t->loss; r->x[TRAIN_ACCURACY] = t->accuracy; r->x[GRAD_NORM] = t->grad_norm;
-  r->x[LEARNING_RATE] = t->config.learning_rate; r->x[STEP_SECONDS] = t->step_seconds;
+  r->x[LEARNING_RATE] = t->optimizer.learning_rate; r->x[STEP_SECONDS] = t->step_seconds;
 }
 
 static void log_evaluation(const Trainer *t) {   // in the row of the last update
@@ -2383,14 +2390,15 @@ static void write_log(void) {
   for (LogRow *r = log_row; r < log_row + log_rows; r++) {
     fputs(trainer[r->trainer].name, f);
     for (int i = 0; i < N_COLUMNS; i++)
-      fprintf(f, !isfinite(r->x[i]) ? "," : i <= TOKENS ? ",%.0f" : ",%.6f", r->x[i]);
+      fprintf(f, !isfinite(r->x[i]) ? "," : i <= TOKENS ? ",%.0f" : i == LEARNING_RATE ? ",%.6g"
+              : ",%.6f", r->x[i]);
     fputs("\n", f);
   }
   output_close();
 }
 
-// Reads the rows up to the update that is resumed. A log that is missing or damaged costs the
-// beginning of the curve, nothing else.
+// Reads the rows up to the update that is resumed. If the log is missing or damaged, only the
+// beginning of the curve and the seconds of training before it are lost.
 static void read_log(Trainer *t) {
   char line[512];
   FILE *file = fopen(path_of(opt.out, "log.csv"), "r");
@@ -2481,12 +2489,13 @@ static void write_plot(void) {
   for (int i = 0; i < n_trainers; i++) {
     char style[80];
     snprintf(style, sizeof style, "stroke=\"%s\" opacity=\"0.5\"", color[i]);
-    svg_curve(f, i, TRAIN_LOSS, log_rows / 500 + 1, style);
+    svg_curve(f, i, TRAIN_LOSS, log_rows / 500 + 1, style);   // about 500 points
     snprintf(style, sizeof style, "stroke=\"%s\" stroke-width=\"3\"", color[i]);
     svg_curve(f, i, VAL_LOSS, 1, style);
     snprintf(style, sizeof style, "fill=\"%s\" font-weight=\"bold\"", color[i]);
     svg_text(f, RIGHT + 8, TOP + 10 + 36*i, style, "%s", trainer[i].name);
-    svg_text(f, RIGHT + 8, TOP + 26 + 36*i, style, "validation %.3f", trainer[i].val.loss);
+    if (isfinite(trainer[i].val.loss))
+      svg_text(f, RIGHT + 8, TOP + 26 + 36*i, style, "validation %.3f", trainer[i].val.loss);
   }
   fprintf(f, "</svg>\n");
   output_close();
@@ -2494,7 +2503,7 @@ static void write_plot(void) {
 
 // ---- What is printed
 
-static const char *number(double x, int digits, char *out) {   // "-" if it is not known; 32 bytes
+static const char *decimal(double x, int digits, char *out) {   // "-" if it is not known; 32 bytes
   snprintf(out, 32, isfinite(x) ? "%.*f" : "-", digits, x);
   return out;
 }
@@ -2508,7 +2517,7 @@ static void print_header(const char *device) {
   Trainer *t = &trainer[0];
   double tokens = update_tokens(t);
   printf("model   %ld parameters: %d layers, %d heads, %d channels, context %d, vocabulary %d\n",
-         t->model.count, c.n_layer, c.n_head, c.n_embd, c.block_size, c.vocab_size);
+         t->model.n_parameters, c.n_layer, c.n_head, c.n_embd, c.block_size, c.vocab_size);
   printf("text    %s: %ld bytes, %ld to train, %ld to validate", text.path, text.size,
          text.train_size, text.size - text.train_size);
   if (isfinite(text.floor)) printf("; floor %.4f nats per byte", text.floor);
@@ -2528,8 +2537,9 @@ static const char *progress(void) {
   double done = t->updates - t->first_update, took = t->seconds - t->first_seconds;
   double left = (took + trainer[1].seconds) / done * (opt.max_steps - t->updates);
   int n = snprintf(line, sizeof line, "step %*ld/%d | train %s | val %s",
-                   snprintf(NULL, 0, "%d", opt.max_steps), t->updates, opt.max_steps,
-                   number(t->loss, 4, loss), number(t->val.loss, 4, val));
+                   snprintf(NULL, 0, "%d", opt.max_steps),   // the width
+                   t->updates, opt.max_steps,
+                   decimal(t->loss, 4, loss), decimal(t->val.loss, 4, val));
   if (done > 0)
     snprintf(line + n, sizeof line - n, " | %.0f tokens/s | %.0f:%02.0f left",
              done * update_tokens(t) / took, floor(left / 60), floor(fmod(left, 60)));
@@ -2548,7 +2558,7 @@ static void print_compare_row(void) {
   printf("%10ld", trainer[0].tokens);
   for (Trainer *t = trainer; t < trainer + 2; t++) {
     char loss[32];
-    printf(" | %7ld %7s %7.4f %4.1f%% %7.3f %5.1f", t->updates, number(t->loss, 4, loss),
+    printf(" | %7ld %7s %7.4f %4.1f%% %7.3f %5.1f", t->updates, decimal(t->loss, 4, loss),
            t->val.loss, 100 * t->val.accuracy, t->grad_norm, t->seconds);
   }
   printf("\n");
@@ -2572,8 +2582,8 @@ static void print_verdict(const char *what, int column, double single_end, doubl
   double at = MIN(single_end, multi_end);
   double single = val_at(0, column, at), multi = val_at(1, column, at);
   printf("at equal %s (%.*f each): single-step %.4f, multi-step %.4f, %s ahead by %.4f\n", what,
-         column == SECONDS, at, single, multi, single < multi ? "single-step" : "multi-step",
-         fabs(single - multi));
+         column == SECONDS ? 1 : 0, at, single, multi,
+         single < multi ? "single-step" : "multi-step", fabs(single - multi));
 }
 
 // --profile: where the time goes
@@ -2582,7 +2592,7 @@ static struct Profile *profiled = profile;       // the last one that was added 
 static const char *profile_share(const struct Profile *p);
 
 static void profile_add(const char *name, double seconds) {
-  for (profiled = profile; profiled < profile + 63 && *profiled->name; profiled++)
+  for (profiled = profile; profiled < profile + 62 && *profiled->name; profiled++)
     if (!strcmp(profiled->name, name)) break;
   snprintf(profiled->name, sizeof profiled->name, "%s", name);
   profiled->calls++;
@@ -2590,7 +2600,9 @@ static void profile_add(const char *name, double seconds) {
 }
 
 #ifndef GPU
-// Called at the end of each parallel_for: the time since the last call is charged to `function`.
+// Called after each barrier. `function` is that of the parallel_for which ended there: the time
+// since the last call is charged to it. The barriers of launch() pass NULL: their time is no
+// function's.
 static void profile_mark(const char *function) {
   static double last;
   double now = seconds();
@@ -2612,14 +2624,14 @@ static void profile_flop(double flop) {
 static void print_profile(void) {
   double all = 0;
   for (struct Profile *p = profile; *p->name; p++) all += p->seconds;
-  printf("\n%-24s %9s %10s %7s %10s\n", "function", "calls", "ms", "share", "GFLOP/s");
+  printf("\n%-28s %9s %10s %7s %10s\n", "function", "calls", "ms", "share", "GFLOP/s");
   for (struct Profile *p = profile; *p->name; p++) {
     char gflop[32];
-    printf("%-24s %9ld %10.2f %6.1f%% %10s%s\n", p->name, p->calls, p->seconds * 1e3,
-           100 * p->seconds / all, p->flop ? number(p->flop / p->seconds * 1e-9, 1, gflop) : "",
+    printf("%-28s %9ld %10.2f %6.1f%% %10s%s\n", p->name, p->calls, p->seconds * 1e3,
+           100 * p->seconds / all, p->flop ? decimal(p->flop / p->seconds * 1e-9, 1, gflop) : "",
            profile_share(p));
   }
-  printf("%-24s %9s %10.2f %6.1f%%\n\n", "all", "", all * 1e3, 100.0);
+  printf("%-28s %9s %10.2f %6.1f%%\n\n", "all", "", all * 1e3, 100.0);
 }
 
 static int by_value(const void *a, const void *b) {
@@ -2640,9 +2652,9 @@ static void print_last_line(void) {
     if (r->trainer == 0 && r->x[UPDATE] > t->first_update) took[n++] = r->x[STEP_SECONDS];
   double step = median(took, n);
   printf("step %ld | train %s | val %s | %s ms/step | %s tokens/s | %s GFLOP/s | threads %d\n",
-         t->updates, number(t->loss, 4, loss), number(t->val.loss, 4, val),
-         number(step * 1e3, 2, ms), number(tokens / step, 0, rate),
-         number(model_flop(&t->model, tokens, opt.config.block_size) / step * 1e-9, 1, gflop),
+         t->updates, decimal(t->loss, 4, loss), decimal(t->val.loss, 4, val),
+         decimal(step * 1e3, 2, ms), decimal(tokens / step, 0, rate),
+         decimal(model_flop(&t->model, tokens, opt.config.block_size) / step * 1e-9, 1, gflop),
          opt.threads);
   free(took);
 }
@@ -2666,10 +2678,34 @@ static void save_run(void) {
   trainer[0].saved_update = trainer[0].updates;
 }
 
+// Continues from a saved state: `st` is open, and its options have been read.
+static void resume(Trainer *t, Safetensors *st) {
+  char step[4096], hash[4096], tokens[4096], *end;
+  if (!metadata(st, "step", step) || !metadata(st, "text_hash", hash) ||
+      !metadata(st, "tokens", tokens))
+    die("%s is not a saved state of this program", st->path);
+  if (strtoull(hash, NULL, 16) != text.hash)
+    die("%s was saved in training on another text than %s: name that text, or start from the "
+        "weights with --init %s and another --out", st->path, text.path, opt.out);
+  t->updates = strtol(step, &end, 10);
+  if (end == step || *end || t->updates < 0 || t->updates >= 1000000000)
+    die("%s: its step is %.40s, expected a whole number below 1e9", st->path, step);
+  t->tokens = strtol(tokens, NULL, 10);
+  if (t->tokens < 0 || t->tokens > LONG_MAX / 2)
+    die("%s: its count of tokens is %.40s", st->path, tokens);
+  real *part[] = {t->model.weights.data, t->moment_m, t->moment_v};
+  for (int i = 0; i < 3; i++) read_parameters(&t->model, st, part_prefix[i], part[i]);
+  safetensors_close(st);
+  read_log(t);
+  t->first_update = t->saved_update = t->updates;
+  t->first_seconds = t->seconds;
+  save_model(t);                                 // a save may have been killed after the state
+}
+
 static void evaluate_and_save(void) {
   for (Trainer *t = trainer; t < trainer + n_trainers; t++) {
     Evaluation val = evaluate(&t->model, text.train_size, text.size);
-    if (interrupted) return;                     // train() will save
+    if (interrupted) return;                     // finish_training() saves
     t->val = val;
     if (!isfinite(t->val.loss))
       die("step %ld: the validation loss is %g: the last checkpoint is kept; lower "
@@ -2687,7 +2723,7 @@ static int finish_training(void) {
   Trainer *t = &trainer[0];
   if (t->updates != t->saved_update || (!t->updates && !interrupted)) save_run();
   show(NULL);
-  if (interrupted && t->updates < opt.max_steps) {
+  if (interrupted) {
     printf("\nstopped after step %ld%s\n", t->updates,
            opt.compare || !t->updates ? "" : ", which is saved: continue with --resume");
     return 130;
@@ -2766,21 +2802,13 @@ static void set_option(Option *o, const char *value) {
   else *(double *)o->value = x;
 }
 
-static const char *option_text(const Option *o) {   // valid until the next call
-  static char number[32];
-  if (o->kind == TEXT) return *(const char **)o->value;
-  if (o->kind == NUMBER) snprintf(number, sizeof number, "%.17g", *(double *)o->value);
-  else snprintf(number, sizeof number, "%d", *(int *)o->value);
-  return number;
-}
-
 static Option *option_of(void *value) {          // the row of ./train's table with this field
   Option *o = train_options;
   while (o->value != value) o++;
   return o;
 }
 
-// The exit code of a program whose output is its purpose: an error if that cannot be written.
+// Returns the exit code, after making sure that all output was written; ends the program if not.
 static int finish(int code) {
   if (fflush(stdout) || ferror(stdout)) die("standard output cannot be written");
   return code;
@@ -2794,15 +2822,17 @@ static void print_help(const Option *table, const char *usage) {
              : o->kind == TEXT ? "TEXT" : "N");
     printf("  %-24s %s", name, o->help);
     if (o->kind == INTEGER || o->kind == NUMBER) printf(" (%g to %g)", o->low, o->high);
-    for (int i = 0; o->value == &opt.optimizer && i < N_OPTIMIZERS; i++)
-      printf("%s%s (rate %g)", i ? ", " : "", optimizers[i].name, optimizers[i].learning_rate);
+    if (o->value == &opt.optimizer)
+      for (int i = 0; i < N_OPTIMIZERS; i++)
+        printf("%s%s (rate %g)", i ? ", " : "", optimizers[i].name, optimizers[i].learning_rate);
     printf("\n");
   }
 }
 
 // Sets the options of a table from the command line; --help prints them and ends the program. The
-// other arguments go to words[0..capacity-1]; returns how many there were. As each program's first
-// call it also sees to it that writing can fail with a message.
+// other arguments go to words[0..capacity-1]; returns how many there were. Each program
+// calls this first, so it also prepares the process: a write that fails must return an error, not
+// kill the program.
 static int parse_options(Option *table, int argc, char **argv, const char *usage,
                          const char **words, int capacity) {
   int n = 0;
@@ -2818,7 +2848,7 @@ static int parse_options(Option *table, int argc, char **argv, const char *usage
       continue;
     }
     if (!strcmp(argv[i], "--help")) { print_help(table, usage); exit(finish(0)); }
-    const char *name = argv[i] + 2, *value = strchr(argv[i], '=');
+    const char *name = argv[i] + 1 + (argv[i][1] == '-'), *value = strchr(argv[i], '=');
     size_t length = value ? (size_t)(value - name) : strlen(name);
     Option *o = table;
     while (o->name && (strlen(o->name) != length || memcmp(o->name, name, length))) o++;
@@ -2834,6 +2864,16 @@ static int parse_options(Option *table, int argc, char **argv, const char *usage
 #ifndef NO_MAIN
 static const char *copy_of(const char *s) {
   return (const char *)memcpy(host_alloc(NULL, strlen(s) + 1), s, strlen(s) + 1);
+}
+
+// Which options exclude each other.
+static void check_modes(void) {
+  if (opt.compare && (opt.resume || opt.accumulate > 1))
+    die("--compare sets --accumulate itself and cannot be resumed: leave out --accumulate and "
+        "--resume");
+  if (opt.resume && opt.init) die("--resume continues, --init starts: leave one out");
+  if (opt.eval && (opt.resume || opt.init || opt.compare))
+    die("--eval trains nothing: leave out --resume, --init and --compare");
 }
 
 // --resume: the saved options hold unless they are given again; sizes and optimizer cannot change.
@@ -2860,15 +2900,9 @@ static void check_options(void) {
   if (!option_of(&opt.min_lr)->given) opt.min_lr = opt.learning_rate / 10;
   if (c.n_embd % c.n_head)
     die("--n_embd %d is not divisible by --n_head %d", c.n_embd, c.n_head);
-  if (opt.compare && (opt.resume || opt.accumulate > 1))
-    die("--compare sets --accumulate itself and cannot be resumed: leave out --accumulate and "
-        "--resume");
   if (opt.compare && opt.max_steps < opt.compare)
     die("--compare %d needs at least as many --max_steps, not %d", opt.compare, opt.max_steps);
   if (opt.compare) opt.max_steps -= opt.max_steps % opt.compare;
-  if (opt.resume && opt.init) die("--resume continues, --init starts: leave one out");
-  if (opt.eval && (opt.resume || opt.init || opt.compare))
-    die("--eval trains nothing: leave out --resume, --init and --compare");
 }
 
 static void check_text(long part) {              // the smallest part that windows are taken from
@@ -2921,13 +2955,14 @@ static const char USAGE[] =
   "Write an option as --name value or --name=value. Here each stands with its default.\n";
 
 int main(int argc, char **argv) {
-  Safetensors state;
+  Safetensors *state = NULL;
   opt.threads = (int)MAX(1, MIN(1024, sysconf(_SC_NPROCESSORS_ONLN)));
   parse_options(train_options, argc, argv, USAGE, &opt.text, 1);
+  check_modes();
   if (opt.resume) {
     if (!access(opt.out, F_OK)) open_folder();   // locked before its state is read
-    state = safetensors_open(opt.out, "state.safetensors");
-    read_options(&state);
+    state = safetensors_open(opt.out, "state.safetensors", NULL);
+    read_options(state);
   }
   if (opt.eval || opt.init) read_config(opt.eval ? opt.out : opt.init);
   if (opt.config.vocab_size > 256 && !opt.resume && !option_of(&opt.config.vocab_size)->given)
@@ -2946,7 +2981,7 @@ int main(int argc, char **argv) {
   signal(SIGINT, on_signal);
   signal(SIGTERM, on_signal);
   if (signal(SIGHUP, on_signal) == SIG_IGN) signal(SIGHUP, SIG_IGN);   // under nohup
-  open_trainers(opt.resume ? &state : NULL);
+  open_trainers(state);
   return finish(train());
 }
 #endif   // NO_MAIN

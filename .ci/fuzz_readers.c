@@ -18,12 +18,12 @@ static void read_state(const char *folder) {
   char value[4096];
   if (!m.parameter) model_layout(&m, c, 16, 1, 0);
   if (!m.weights.data) m.weights.data = (real *)device_alloc(m.n_weights * sizeof(real));
-  Safetensors st = safetensors_open(folder, "file");
+  Safetensors *st = safetensors_open(folder, "file", NULL);
   for (Option *o = train_options; o->name; o++)
-    if (metadata(&st, o->name, value) && o->kind != TEXT) set_option(o, value);
-  read_parameters(&m, &st, "transformer.", NULL);
-  read_parameters(&m, &st, "transformer.", m.weights.data);
-  safetensors_close(&st);
+    if (metadata(st, o->name, value) && o->kind != TEXT) set_option(o, value);
+  read_parameters(&m, st, "transformer.", NULL);
+  read_parameters(&m, st, "transformer.", m.weights.data);
+  safetensors_close(st);
 }
 
 static void read_any_log(void) {

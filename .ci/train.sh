@@ -132,6 +132,14 @@ interrupt_evaluation() {   # the first, of 20 seconds: what was in the folder st
   [ $? = 130 ] && [ $(($(date +%s) - before)) -lt 5 ] && diff -r early early_kept
 }
 check "SIGINT in an evaluation: it ends at once, and what was there stays" interrupt_evaluation
+interrupt_last_evaluation() {
+  rm -rf early; "$train" long_text $small --out early --max_steps 1 --eval_interval 0 || return 1
+  "$train" long_text --out early --resume --max_steps 2 --eval_interval 5 >begun & pid=$!
+  tries=100; until grep -q ^device begun || [ $tries = 0 ]; do sleep 0.1; tries=$((tries - 1)); done
+  sleep 1; kill -INT $pid; wait $pid
+  [ $? = 130 ] && cat begun && grep "stopped after step 2, which is saved" begun
+}
+check "SIGINT in the last evaluation: the run is stopped, not finished" interrupt_last_evaluation
 
 second_interrupt() {
   "$train" text $small --out second --accumulate 1000000 --eval_interval 0 >started & pid=$!
@@ -194,6 +202,9 @@ well_formed() {   # every tag closes itself, or the one opened last
 check "loss.svg: well-formed, two curves, no NaN in it" \
   eval 'well_formed run/loss.svg && [ "$(grep -c "<polyline" run/loss.svg)" = 2 ]'
 with_floor() { "$train" tales.txt $small --max_steps 4 --eval_interval 2 --out floor >floor.txt; }
+check "loss.svg without an evaluation: one curve, no NaN in it" \
+  eval 'go --max_steps 3 --eval_interval 0 --out unseen && well_formed unseen/loss.svg &&
+        ! grep validation unseen/loss.svg'
 check "the floor of the default text is in the first lines and in the plot" \
   eval 'with_floor && grep "floor [0-9]" floor.txt && grep "floor [0-9]" floor/loss.svg &&
         well_formed floor/loss.svg'
@@ -316,6 +327,8 @@ bad_options() {
   refuses 'compare' text --compare 4 --resume --out run &&
   refuses 'compare' text --compare 4 --max_steps 3 && refuses 'out' text --out '' &&
   refuses 'leave one out' text --resume --init run --out run &&
+  refuses 'leave one out' text --resume --init run --out nowhere && refuses 'unknown option -;' text - ||
+    return 1
   for option in --resume '--init run' '--compare 2'; do
     refuses 'eval' text --eval --out run $option || return 1
   done
@@ -477,9 +490,11 @@ check "state.safetensors has m and v under their names" moments
 least_rate() {   # of the cosine: a tenth of --learning_rate, whatever the optimizer's own is
   go --learning_rate 0.5 --warmup 0 --max_steps 10 --out rates || return 1
   tail -1 rates/log.csv
-  [ "$(tail -1 rates/log.csv | cut -d, -f7)" = 0.061012 ]
+  [ "$(tail -1 rates/log.csv | cut -d, -f7)" = 0.0610123 ] || return 1
+  go --learning_rate 3e-9 --warmup 0 --max_steps 1 --out rates || return 1
+  [ "$(tail -1 rates/log.csv | cut -d, -f7)" = 3e-09 ]
 }
-check "--min_lr is a tenth of --learning_rate" least_rate
+check "--min_lr is a tenth of --learning_rate; the log has small rates, too" least_rate
 damaged() {   # one number becomes NaN
   rm -rf bad; cp -r run bad
   set -- $(range_of bad/model.safetensors transformer.h.0.attn.c_attn.weight)
@@ -653,7 +668,7 @@ broken_files() {   # where not even the length is right
   printf '\3\0\0\0\0\0\0\0{}' >evil/model.safetensors && refuse_evil 'header' &&
   head -c 3000 /dev/zero >evil/model.safetensors && refuse_evil 'no tensors' &&
   cat text >evil/model.safetensors && refuse_evil 'header' &&
-  size=$(wc -c <run/model.safetensors) &&
+  size=$(wc -c <run/model.safetensors) || return 1
   for n in 1 7 8 9 100 1000 2000 5000 $((size - 1)); do
     head -c $n run/model.safetensors >evil/model.safetensors && refuse_evil . || return 1
   done
