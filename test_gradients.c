@@ -2534,6 +2534,7 @@ UNSEEN void run_block(void) {
   static int order[MAX_THREADS];
   TSAN(__tsan_java_alloc((uintptr_t)shared_begin, shared_end - shared_begin);   // forget what the
        __tsan_java_free((uintptr_t)shared_begin, shared_end - shared_begin);)   // last block did
+  memset(shared_begin, 0xff, shared_end - shared_begin);
   TSAN(__tsan_release(&gpu.begin);)
   for (int i = 0; i < gpu.threads; i++) start_thread(i);
   for (int left = gpu.threads, ran; left > 0; ) {
@@ -2700,7 +2701,6 @@ UNSEEN void run_grid(const char *kernel, dim3 grid, dim3 block, const std::funct
   int *order = (int *)malloc(n * sizeof *order);
   shuffle(order, n);
   for (uint64_t i = 0; i < n; i++) {
-    memset(shared_begin, 0xff, shared_end - shared_begin);
     blockIdx.x = order[i] % grid.x;
     blockIdx.y = order[i] / grid.x % grid.y;
     blockIdx.z = order[i] / grid.x / grid.y;

@@ -103,7 +103,7 @@ wrong 22 'matmul_tiled waits for banks of shared memory: it takes 1.5 times as l
 wrong 24 'the first failure: attention out' 's/o\[e\] \* rescale/o[e]/'
 wrong 25 'returned, and was at no barrier' '/matmul_tensor(Matrix/,/^}/ s/  real sum.4.*/&  if (i0 + g >= M) return;/'
 wrong 25 'column 1 has those of column 2, and a constant' 's/j = j0 + 2\*t + e % 2;/j = j0 + t + e % 2 * 4;/'
-wrong 27 '4.0 passes for an access of a warp, where 1.0 would do' '/ int at(/,/^}/ s/(c ^ .*);/c;/'
+wrong 27 '4.0 passes for an access of a warp, where 1.0 would do' '/ int swizzled(/,/^}/ s/(c ^ .*);/c;/'
 wrong 28 'the first failure: attention out' '/attention_forward_tile(const/,/^}/ s/- j + 1/- j/'
 
 # ---- Attempts to fool the judge: fool WHAT WANT BODY, for gelu_backward
