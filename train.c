@@ -24,7 +24,7 @@
 // The file is written to be read from the top. You can stop after any part:
 //
 //   the lesson      1 types and the layer interface   2 the model   3 forward and backward
-//                   4 optimizers, one update, the training loop; where tensors are in memory
+//                   4 optimizers, one update, the training loop
 //   the layers      5 from residual to attention
 //   the machinery   6 matmul, sums, exp, the fast attention   7 threads and memory
 //   the plumbing    8 data   9 checkpoint   10 log, plot, console   11 options and main
@@ -563,197 +563,6 @@ static int train(void) {
     show_progress();
   }
   return finish_training();
-}
-
-// ---- The tensors of a model, and their memory
-
-// Where an activation's data, or its gradient, is stored. The data are kept until the backward pass
-// has read them. A gradient is needed only until the layer below has read it: so all blocks share a
-// few gradient buffers. In the order of the backward pass, from the top of a block down:
-//
-//   activation  shape   data    gradient   why the gradient may be there
-//   x           (N,C)   OWN     RESIDUAL   x = x_mid + mlp_proj: the gradients of these two are
-//   mlp_proj    (N,C)   PROJ    RESIDUAL     that of x, so they share its buffer, nothing is copied
-//   gelu        (N,4C)  OWN     MLP
-//   fc          (N,4C)  OWN     MLP        gelu_backward works in place
-//   ln_2        (N,C)   OWN     BRANCH
-//   x_mid       (N,C)   OWN     RESIDUAL   layernorm_backward adds; mlp_proj's was read before that
-//   attn_proj   (N,C)   PROJ    RESIDUAL   likewise: read before the layernorm below adds
-//   attn        (N,C)   OWN     BRANCH     free again: layernorm_backward has read ln_2's gradient
-//   qkv         (N,3C)  OWN     QKV
-//   ln_1        (N,C)   OWN     BRANCH     free again: attention_backward has read attn's gradient
-//
-// Outside of the blocks: embedding is OWN, RESIDUAL; x_f is OWN, BRANCH; loss is OWN, OWN; the
-// gradient of logits, the largest activation, overwrites its data (IN_PLACE). mean_rstd, lse,
-// row_lse and correct are OWN, NONE.
-// PROJ is read once, by the next residual_forward, so all blocks can share it. The backward pass
-// reads all other data again, except for loss and correct, which are for add_loss().
-enum Place {
-  NONE,                                // not needed
-  OWN,                                 // memory of its own
-  IN_PLACE,                            // a gradient that overwrites its data
-  RESIDUAL, PROJ, BRANCH, QKV, MLP,    // a buffer that all tensors with this place share
-  N_PLACES
-};
-
-static long entry_count(const Entry *e) { return (long)e->rows * MAX(e->cols, 1); }
-
-// Reserves memory for an entry at offset *end, which moves on; returns the offset. Each tensor
-// begins on a cache line: 16 floats.
-static long place(const Entry *e, long *end) {
-  long at = *end;
-  *end += (entry_count(e) + 15) / 16 * 16;
-  return at;
-}
-
-// The same for an activation, or its gradient; -1 for NONE. The first tensor with a shared place
-// reserves the buffer: all that share it have the same size.
-static long shared_at[N_PLACES];       // of the model that is laid out now; -1: not reserved yet
-
-static long place_activation(Model *m, const Entry *e, enum Place where) {
-  if (where == NONE) return -1;
-  if (where == OWN || m->unshared) return place(e, &m->n_memory);
-  if (shared_at[where] < 0) shared_at[where] = place(e, &m->n_memory);
-  return shared_at[where];
-}
-
-static Entry *add_entry(Entry **list, int *n, Tensor *tensor, int rows, int cols,
-                        const char *format, int layer) {
-  *list = (Entry *)host_alloc(*list, (*n + 1) * sizeof(Entry));
-  Entry *e = &(*list)[(*n)++];
-  memset(e, 0, sizeof *e);
-  e->tensor = tensor; e->rows = rows; e->cols = cols;
-  snprintf(e->name, sizeof e->name, format, layer);
-  return e;
-}
-
-static void add_parameter(Model *m, Tensor *t, int rows, int cols, double mean, double std,
-                          const char *name, int layer) {
-  Entry *e = add_entry(&m->parameter, &m->n_parameter_tensors, t, rows, cols, name, layer);
-  e->mean = mean; e->std = std;
-  // counted from the first matrix, or the first vector; model_layout() adds what is before that
-  e->data_at = place(e, cols ? &m->n_in_matrices : &m->n_in_vectors);
-  m->n_parameters += entry_count(e);
-}
-
-// A weight (rows,cols) and its bias. cols 0: a vector of weights and one of biases.
-static void add_weight_bias(Model *m, WeightBias *p, int rows, int cols, double mean, double std,
-                            const char *name, int layer) {
-  char full[40];
-  snprintf(full, sizeof full, "%s.weight", name);
-  add_parameter(m, &p->weight, rows, cols, mean, std, full, layer);
-  snprintf(full, sizeof full, "%s.bias", name);
-  add_parameter(m, &p->bias, cols ? cols : rows, 0, 0, 0, full, layer);
-}
-
-static void add_activation(Model *m, Tensor *t, int cols, enum Place data, enum Place grad,
-                           const char *name, int layer) {
-  Entry *e = add_entry(&m->activation, &m->n_activation_tensors, t, m->max_tokens, cols, name,
-                       layer);
-  e->data_at = place_activation(m, e, data);
-  if (!m->training) grad = NONE;
-  e->grad_at = grad == IN_PLACE && !m->unshared ? e->data_at : place_activation(m, e, grad);
-}
-
-// Lists every tensor of the model. Parameters have the names, shapes and initial values of GPT-2 in
-// Hugging Face's library, without the prefix "transformer.": a matrix is normal with standard
-// deviation std, a layernorm's weight is 1, a bias 0.
-static void layout(Model *m) {
-  int H = m->config.n_head, C = m->config.n_embd, V = m->config.vocab_size;
-  double std = 0.02;
-  double proj_std = std / sqrt(2.0 * m->config.n_layer);   // since 2L of these add up in x
-  add_parameter(m, &m->wte, V, C, 0, std, "wte.weight", 0);
-  add_parameter(m, &m->wpe, m->config.block_size, C, 0, std, "wpe.weight", 0);
-  add_activation(m, &m->embedding, C, OWN, RESIDUAL, "embedding", 0);
-  for (int l = 0; l < m->config.n_layer; l++) {
-    Block *p = &m->block[l];
-    add_weight_bias(m, &p->ln_1, C, 0, 1, 0, "h.%d.ln_1", l);
-    add_weight_bias(m, &p->c_attn, C, 3*C, 0, std, "h.%d.attn.c_attn", l);
-    add_weight_bias(m, &p->attn_proj, C, C, 0, proj_std, "h.%d.attn.c_proj", l);
-    add_weight_bias(m, &p->ln_2, C, 0, 1, 0, "h.%d.ln_2", l);
-    add_weight_bias(m, &p->c_fc, C, 4*C, 0, std, "h.%d.mlp.c_fc", l);
-    add_weight_bias(m, &p->mlp_proj, 4*C, C, 0, proj_std, "h.%d.mlp.c_proj", l);
-    Activations *a = &m->act[l];
-    add_activation(m, &a->ln_1, C, OWN, BRANCH, "h.%d.ln_1.out", l);
-    add_activation(m, &a->ln_1_mean_rstd, 2, OWN, NONE, "h.%d.ln_1.mean_rstd", l);
-    add_activation(m, &a->qkv, 3*C, OWN, QKV, "h.%d.attn.qkv", l);
-    add_activation(m, &a->attn, C, OWN, BRANCH, "h.%d.attn.out", l);
-    add_activation(m, &a->lse, H, OWN, NONE, "h.%d.attn.lse", l);   // in the order (B,H,T)
-    add_activation(m, &a->attn_proj, C, PROJ, RESIDUAL, "h.%d.attn.proj", l);
-    add_activation(m, &a->x_mid, C, OWN, RESIDUAL, "h.%d.x_mid", l);
-    add_activation(m, &a->ln_2, C, OWN, BRANCH, "h.%d.ln_2.out", l);
-    add_activation(m, &a->ln_2_mean_rstd, 2, OWN, NONE, "h.%d.ln_2.mean_rstd", l);
-    add_activation(m, &a->fc, 4*C, OWN, MLP, "h.%d.mlp.fc", l);
-    add_activation(m, &a->gelu, 4*C, OWN, MLP, "h.%d.mlp.gelu", l);
-    add_activation(m, &a->mlp_proj, C, PROJ, RESIDUAL, "h.%d.mlp.proj", l);
-    add_activation(m, &a->x, C, OWN, RESIDUAL, "h.%d.x", l);
-  }
-  add_weight_bias(m, &m->ln_f, C, 0, 1, 0, "ln_f", 0);
-  add_activation(m, &m->x_f, C, OWN, BRANCH, "ln_f.out", 0);
-  add_activation(m, &m->x_f_mean_rstd, 2, OWN, NONE, "ln_f.mean_rstd", 0);
-  add_activation(m, &m->logits, V, OWN, IN_PLACE, "logits", 0);
-  add_activation(m, &m->row_lse, 0, OWN, NONE, "row_lse", 0);
-  add_activation(m, &m->loss, 0, OWN, OWN, "loss", 0);
-  add_activation(m, &m->correct, 0, OWN, NONE, "correct", 0);
-}
-
-// Describes a model for micro-batches of up to max_tokens tokens; takes no device memory yet.
-static void model_layout(Model *m, Config config, long max_tokens, int training, int unshared) {
-  if (4.0 * config.block_size * config.n_embd > 2e9 || max_tokens > 500000000)
-    die("a micro-batch of %ld tokens, in sequences of %d, with %d channels is too large: lower "
-        "--batch_size, --block_size or --n_embd", max_tokens, config.block_size, config.n_embd);
-  memset(m, 0, sizeof *m);
-  m->config = config; m->max_tokens = (int)max_tokens;
-  m->training = training; m->unshared = unshared;
-  m->attention = attention_forward;
-  m->block = (Block *)host_alloc(NULL, config.n_layer * sizeof(Block));
-  m->act = (Activations *)host_alloc(NULL, config.n_layer * sizeof(Activations));
-  memset(shared_at, -1, sizeof shared_at);
-  layout(m);
-  m->n_weights = m->n_in_matrices + m->n_in_vectors;
-  for (Entry *e = m->parameter; e < m->parameter + m->n_parameter_tensors; e++)
-    if (!e->cols) e->data_at += m->n_in_matrices;             // the vectors follow the matrices
-}
-
-static void model_allocate(Model *m) {
-  m->weights.data = (real *)device_alloc(m->n_weights * sizeof(real));
-  if (m->training) m->weights.grad = (real *)device_alloc(m->n_weights * sizeof(real));
-  m->memory = (real *)device_alloc(m->n_memory * sizeof(real));
-  m->token = (int *)device_alloc(m->max_tokens * sizeof(int));
-  m->target = (int *)device_alloc(m->max_tokens * sizeof(int));
-  m->sums = (LossSums *)device_alloc(sizeof(LossSums));
-  m->partial = (double *)device_alloc(chunks(m->n_weights) * sizeof(double));
-  for (Entry *e = m->parameter; e < m->parameter + m->n_parameter_tensors; e++) {
-    e->tensor->data = m->weights.data + e->data_at;
-    e->tensor->grad = m->training ? m->weights.grad + e->data_at : NULL;
-  }
-  for (Entry *e = m->activation; e < m->activation + m->n_activation_tensors; e++) {
-    e->tensor->data = m->memory + e->data_at;
-    e->tensor->grad = e->grad_at < 0 ? NULL : m->memory + e->grad_at;
-  }
-}
-
-static void model_init(Model *m, uint64_t seed) {   // random weights
-  for (int i = 0; i < m->n_parameter_tensors; i++) {
-    Entry *e = &m->parameter[i];
-    real *w = (real *)host_alloc(NULL, entry_count(e) * sizeof(real));
-    for (long j = 0; j < entry_count(e); j++)
-      w[j] = (real)(e->mean + e->std * random_normal(random_bits(seed, i), j));
-    copy_in(e->tensor->data, w, entry_count(e) * sizeof(real));
-    free(w);
-  }
-}
-
-// Floating-point operations of forward and backward over N tokens in sequences of T. A multiply-add
-// counts as 2. For each token each number of a matrix takes part in one (except those of wpe, which
-// are added), and in each block so do C channels of T/2 keys and of T/2 values on average. The
-// backward pass has two products for each one of the forward pass, hence the 3.
-static double model_flop(const Model *m, double N, double T) {
-  double n_multiplied = 0;
-  for (int i = 0; i < m->n_parameter_tensors; i++)
-    if (m->parameter[i].cols && m->parameter[i].tensor != &m->wpe)
-      n_multiplied += entry_count(&m->parameter[i]);
-  return 3 * N * 2 * (n_multiplied + T * m->config.n_embd * m->config.n_layer);
 }
 
 // ---- 5. Layers, from simple to hard -----------------------------------------------------------
@@ -1669,6 +1478,197 @@ static double random_uniform(uint64_t seed, uint64_t index) {
 static double random_normal(uint64_t seed, uint64_t index) {   // Box and Muller 1958
   double u = 1 - random_uniform(seed, 2*index), v = random_uniform(seed, 2*index + 1);
   return sqrt(-2 * log(u)) * cos(6.283185307179586 * v);
+}
+
+// ---- The tensors of a model, and their memory
+
+// Where an activation's data, or its gradient, is stored. The data are kept until the backward pass
+// has read them. A gradient is needed only until the layer below has read it: so all blocks share a
+// few gradient buffers. In the order of the backward pass, from the top of a block down:
+//
+//   activation  shape   data    gradient   why the gradient may be there
+//   x           (N,C)   OWN     RESIDUAL   x = x_mid + mlp_proj: the gradients of these two are
+//   mlp_proj    (N,C)   PROJ    RESIDUAL     that of x, so they share its buffer, nothing is copied
+//   gelu        (N,4C)  OWN     MLP
+//   fc          (N,4C)  OWN     MLP        gelu_backward works in place
+//   ln_2        (N,C)   OWN     BRANCH
+//   x_mid       (N,C)   OWN     RESIDUAL   layernorm_backward adds; mlp_proj's was read before that
+//   attn_proj   (N,C)   PROJ    RESIDUAL   likewise: read before the layernorm below adds
+//   attn        (N,C)   OWN     BRANCH     free again: layernorm_backward has read ln_2's gradient
+//   qkv         (N,3C)  OWN     QKV
+//   ln_1        (N,C)   OWN     BRANCH     free again: attention_backward has read attn's gradient
+//
+// Outside of the blocks: embedding is OWN, RESIDUAL; x_f is OWN, BRANCH; loss is OWN, OWN; the
+// gradient of logits, the largest activation, overwrites its data (IN_PLACE). mean_rstd, lse,
+// row_lse and correct are OWN, NONE.
+// PROJ is read once, by the next residual_forward, so all blocks can share it. The backward pass
+// reads all other data again, except for loss and correct, which are for add_loss().
+enum Place {
+  NONE,                                // not needed
+  OWN,                                 // memory of its own
+  IN_PLACE,                            // a gradient that overwrites its data
+  RESIDUAL, PROJ, BRANCH, QKV, MLP,    // a buffer that all tensors with this place share
+  N_PLACES
+};
+
+static long entry_count(const Entry *e) { return (long)e->rows * MAX(e->cols, 1); }
+
+// Reserves memory for an entry at offset *end, which moves on; returns the offset. Each tensor
+// begins on a cache line: 16 floats.
+static long place(const Entry *e, long *end) {
+  long at = *end;
+  *end += (entry_count(e) + 15) / 16 * 16;
+  return at;
+}
+
+// The same for an activation, or its gradient; -1 for NONE. The first tensor with a shared place
+// reserves the buffer: all that share it have the same size.
+static long shared_at[N_PLACES];       // of the model that is laid out now; -1: not reserved yet
+
+static long place_activation(Model *m, const Entry *e, enum Place where) {
+  if (where == NONE) return -1;
+  if (where == OWN || m->unshared) return place(e, &m->n_memory);
+  if (shared_at[where] < 0) shared_at[where] = place(e, &m->n_memory);
+  return shared_at[where];
+}
+
+static Entry *add_entry(Entry **list, int *n, Tensor *tensor, int rows, int cols,
+                        const char *format, int layer) {
+  *list = (Entry *)host_alloc(*list, (*n + 1) * sizeof(Entry));
+  Entry *e = &(*list)[(*n)++];
+  memset(e, 0, sizeof *e);
+  e->tensor = tensor; e->rows = rows; e->cols = cols;
+  snprintf(e->name, sizeof e->name, format, layer);
+  return e;
+}
+
+static void add_parameter(Model *m, Tensor *t, int rows, int cols, double mean, double std,
+                          const char *name, int layer) {
+  Entry *e = add_entry(&m->parameter, &m->n_parameter_tensors, t, rows, cols, name, layer);
+  e->mean = mean; e->std = std;
+  // counted from the first matrix, or the first vector; model_layout() adds what is before that
+  e->data_at = place(e, cols ? &m->n_in_matrices : &m->n_in_vectors);
+  m->n_parameters += entry_count(e);
+}
+
+// A weight (rows,cols) and its bias. cols 0: a vector of weights and one of biases.
+static void add_weight_bias(Model *m, WeightBias *p, int rows, int cols, double mean, double std,
+                            const char *name, int layer) {
+  char full[40];
+  snprintf(full, sizeof full, "%s.weight", name);
+  add_parameter(m, &p->weight, rows, cols, mean, std, full, layer);
+  snprintf(full, sizeof full, "%s.bias", name);
+  add_parameter(m, &p->bias, cols ? cols : rows, 0, 0, 0, full, layer);
+}
+
+static void add_activation(Model *m, Tensor *t, int cols, enum Place data, enum Place grad,
+                           const char *name, int layer) {
+  Entry *e = add_entry(&m->activation, &m->n_activation_tensors, t, m->max_tokens, cols, name,
+                       layer);
+  e->data_at = place_activation(m, e, data);
+  if (!m->training) grad = NONE;
+  e->grad_at = grad == IN_PLACE && !m->unshared ? e->data_at : place_activation(m, e, grad);
+}
+
+// Lists every tensor of the model. Parameters have the names, shapes and initial values of GPT-2 in
+// Hugging Face's library, without the prefix "transformer.": a matrix is normal with standard
+// deviation std, a layernorm's weight is 1, a bias 0.
+static void layout(Model *m) {
+  int H = m->config.n_head, C = m->config.n_embd, V = m->config.vocab_size;
+  double std = 0.02;
+  double proj_std = std / sqrt(2.0 * m->config.n_layer);   // since 2L of these add up in x
+  add_parameter(m, &m->wte, V, C, 0, std, "wte.weight", 0);
+  add_parameter(m, &m->wpe, m->config.block_size, C, 0, std, "wpe.weight", 0);
+  add_activation(m, &m->embedding, C, OWN, RESIDUAL, "embedding", 0);
+  for (int l = 0; l < m->config.n_layer; l++) {
+    Block *p = &m->block[l];
+    add_weight_bias(m, &p->ln_1, C, 0, 1, 0, "h.%d.ln_1", l);
+    add_weight_bias(m, &p->c_attn, C, 3*C, 0, std, "h.%d.attn.c_attn", l);
+    add_weight_bias(m, &p->attn_proj, C, C, 0, proj_std, "h.%d.attn.c_proj", l);
+    add_weight_bias(m, &p->ln_2, C, 0, 1, 0, "h.%d.ln_2", l);
+    add_weight_bias(m, &p->c_fc, C, 4*C, 0, std, "h.%d.mlp.c_fc", l);
+    add_weight_bias(m, &p->mlp_proj, 4*C, C, 0, proj_std, "h.%d.mlp.c_proj", l);
+    Activations *a = &m->act[l];
+    add_activation(m, &a->ln_1, C, OWN, BRANCH, "h.%d.ln_1.out", l);
+    add_activation(m, &a->ln_1_mean_rstd, 2, OWN, NONE, "h.%d.ln_1.mean_rstd", l);
+    add_activation(m, &a->qkv, 3*C, OWN, QKV, "h.%d.attn.qkv", l);
+    add_activation(m, &a->attn, C, OWN, BRANCH, "h.%d.attn.out", l);
+    add_activation(m, &a->lse, H, OWN, NONE, "h.%d.attn.lse", l);   // in the order (B,H,T)
+    add_activation(m, &a->attn_proj, C, PROJ, RESIDUAL, "h.%d.attn.proj", l);
+    add_activation(m, &a->x_mid, C, OWN, RESIDUAL, "h.%d.x_mid", l);
+    add_activation(m, &a->ln_2, C, OWN, BRANCH, "h.%d.ln_2.out", l);
+    add_activation(m, &a->ln_2_mean_rstd, 2, OWN, NONE, "h.%d.ln_2.mean_rstd", l);
+    add_activation(m, &a->fc, 4*C, OWN, MLP, "h.%d.mlp.fc", l);
+    add_activation(m, &a->gelu, 4*C, OWN, MLP, "h.%d.mlp.gelu", l);
+    add_activation(m, &a->mlp_proj, C, PROJ, RESIDUAL, "h.%d.mlp.proj", l);
+    add_activation(m, &a->x, C, OWN, RESIDUAL, "h.%d.x", l);
+  }
+  add_weight_bias(m, &m->ln_f, C, 0, 1, 0, "ln_f", 0);
+  add_activation(m, &m->x_f, C, OWN, BRANCH, "ln_f.out", 0);
+  add_activation(m, &m->x_f_mean_rstd, 2, OWN, NONE, "ln_f.mean_rstd", 0);
+  add_activation(m, &m->logits, V, OWN, IN_PLACE, "logits", 0);
+  add_activation(m, &m->row_lse, 0, OWN, NONE, "row_lse", 0);
+  add_activation(m, &m->loss, 0, OWN, OWN, "loss", 0);
+  add_activation(m, &m->correct, 0, OWN, NONE, "correct", 0);
+}
+
+// Describes a model for micro-batches of up to max_tokens tokens; takes no device memory yet.
+static void model_layout(Model *m, Config config, long max_tokens, int training, int unshared) {
+  if (4.0 * config.block_size * config.n_embd > 2e9 || max_tokens > 500000000)
+    die("a micro-batch of %ld tokens, in sequences of %d, with %d channels is too large: lower "
+        "--batch_size, --block_size or --n_embd", max_tokens, config.block_size, config.n_embd);
+  memset(m, 0, sizeof *m);
+  m->config = config; m->max_tokens = (int)max_tokens;
+  m->training = training; m->unshared = unshared;
+  m->attention = attention_forward;
+  m->block = (Block *)host_alloc(NULL, config.n_layer * sizeof(Block));
+  m->act = (Activations *)host_alloc(NULL, config.n_layer * sizeof(Activations));
+  memset(shared_at, -1, sizeof shared_at);
+  layout(m);
+  m->n_weights = m->n_in_matrices + m->n_in_vectors;
+  for (Entry *e = m->parameter; e < m->parameter + m->n_parameter_tensors; e++)
+    if (!e->cols) e->data_at += m->n_in_matrices;             // the vectors follow the matrices
+}
+
+static void model_allocate(Model *m) {
+  m->weights.data = (real *)device_alloc(m->n_weights * sizeof(real));
+  if (m->training) m->weights.grad = (real *)device_alloc(m->n_weights * sizeof(real));
+  m->memory = (real *)device_alloc(m->n_memory * sizeof(real));
+  m->token = (int *)device_alloc(m->max_tokens * sizeof(int));
+  m->target = (int *)device_alloc(m->max_tokens * sizeof(int));
+  m->sums = (LossSums *)device_alloc(sizeof(LossSums));
+  m->partial = (double *)device_alloc(chunks(m->n_weights) * sizeof(double));
+  for (Entry *e = m->parameter; e < m->parameter + m->n_parameter_tensors; e++) {
+    e->tensor->data = m->weights.data + e->data_at;
+    e->tensor->grad = m->training ? m->weights.grad + e->data_at : NULL;
+  }
+  for (Entry *e = m->activation; e < m->activation + m->n_activation_tensors; e++) {
+    e->tensor->data = m->memory + e->data_at;
+    e->tensor->grad = e->grad_at < 0 ? NULL : m->memory + e->grad_at;
+  }
+}
+
+static void model_init(Model *m, uint64_t seed) {   // random weights
+  for (int i = 0; i < m->n_parameter_tensors; i++) {
+    Entry *e = &m->parameter[i];
+    real *w = (real *)host_alloc(NULL, entry_count(e) * sizeof(real));
+    for (long j = 0; j < entry_count(e); j++)
+      w[j] = (real)(e->mean + e->std * random_normal(random_bits(seed, i), j));
+    copy_in(e->tensor->data, w, entry_count(e) * sizeof(real));
+    free(w);
+  }
+}
+
+// Floating-point operations of forward and backward over N tokens in sequences of T. A multiply-add
+// counts as 2. For each token each number of a matrix takes part in one (except those of wpe, which
+// are added), and in each block so do C channels of T/2 keys and of T/2 values on average. The
+// backward pass has two products for each one of the forward pass, hence the 3.
+static double model_flop(const Model *m, double N, double T) {
+  double n_multiplied = 0;
+  for (int i = 0; i < m->n_parameter_tensors; i++)
+    if (m->parameter[i].cols && m->parameter[i].tensor != &m->wpe)
+      n_multiplied += entry_count(&m->parameter[i]);
+  return 3 * N * 2 * (n_multiplied + T * m->config.n_embd * m->config.n_layer);
 }
 
 // ===============================================================================================
