@@ -10,7 +10,8 @@
 //
 // A step reads every weight once. It need not compute the older tokens again, since they matter
 // only through their keys and values, and those are kept: the KV cache. Texts that are written at
-// the same time, the rows, share the reading. Letters as in train.c; N rows, and T the context.
+// the same time, the rows, share the reading. Letters as in train.c: a step has B rows of one token
+// each; T is the context.
 //
 // Sections: 1 a step, 2 the choice, 3 writing, 4 greedy against beam search, 5 looking inside,
 // 6 speed, 7 options and main, 8 tests.
@@ -34,24 +35,27 @@ typedef struct {
   Model model;
   int max_rows, rows;      // rows there is memory for; rows that are being written
   long capacity, n;        // bytes there is memory for in a row; bytes in each row now
-  long start;              // the byte at position 0 of the window
+  long start;              // of the window: the byte that is at position 0
   unsigned char *text;     // [max_rows][capacity]
   real *cache;             // [L][max_rows][H][2][T][D]: keys and values of the window
-  int *cell;               // [max_rows][T]: in which row of the cache position t of a row is
-  real *att;               // [max_rows][H][T], scratch of attention_cached()
+  int *cache_row;          // [max_rows][T]: the row of the cache that has position t of this row
   unsigned char *old_text; // reorder() copies from these
-  int *old_cell;
+  int *old_cache_row;
 } Writer;
 
-static Writer *stepping;   // whose step forward() computes, for attention_cached()
+static Writer *stepping;   // whose step is computed: attention_cached() has no argument for it
 
-static long window_of(long i, int T) {   // the start of the window in which byte i has its place
+// The start of the window of byte i. For T 8: bytes 0-7 have the one from 0, bytes 8-11 that from
+// 4, bytes 12-15 that from 8.
+static long window_of(long i, int T) {
   long half = T - T/2;                   // rounded up
   return i < T ? 0 : ((i - T) / half + 1) * half;
 }
 
 static unsigned char *text_of(Writer *w, int row) { return w->text + row * w->capacity; }
-static int *cell_of(Writer *w, int row) { return w->cell + row * w->model.config.block_size; }
+static int *cache_rows_of(Writer *w, int row) {
+  return w->cache_row + row * w->model.config.block_size;
+}
 static real *logits_of(Writer *w, int row) {   // of the byte after the last one
   return w->model.logits.data + (long)row * w->model.config.vocab_size;
 }
@@ -74,17 +78,16 @@ static void writer_allocate(Writer *w) {
   Config c = w->model.config;
   size_t tokens = (size_t)w->max_rows * c.block_size;
   w->cache = (real *)device_alloc(tokens * c.n_layer * 2 * c.n_embd * sizeof(real));
-  w->att = (real *)device_alloc(tokens * c.n_head * sizeof(real));
   w->text = (unsigned char *)device_alloc(w->max_rows * w->capacity);
   w->old_text = (unsigned char *)device_alloc(w->max_rows * w->capacity);
-  w->cell = (int *)device_alloc(tokens * sizeof(int));
-  w->old_cell = (int *)device_alloc(tokens * sizeof(int));
+  w->cache_row = (int *)device_alloc(tokens * sizeof(int));
+  w->old_cache_row = (int *)device_alloc(tokens * sizeof(int));
 }
 
-// att[s] = exp(scale att[s]) / the sum of these, of n scores
-static void softmax(real *att, int n, real scale) {
-  real max = max_of(att, n) * scale;             // subtracted, so that exp cannot overflow
-  real sum = SUM(real, s, n, att[s] = exp_(att[s] * scale - max));
+// att[s] = exp(att[s]) / the sum of these, of n scores
+static void softmax(real *att, int n) {
+  real max = max_of(att, n);                     // subtracted, so that exp cannot overflow
+  real sum = SUM(real, s, n, att[s] = exp_(att[s] - max));
   for (int s = 0; s < n; s++) att[s] /= sum;
 }
 
@@ -93,24 +96,20 @@ static void softmax(real *att, int n, real scale) {
 static void attention_cached(Tensor out, Tensor lse, Tensor qkv, int B, int T, int C, int H) {
   Writer *w = stepping;
   int D = C / H, layer = 0, t = (int)(w->n - 1 - w->start);
-  real scale = 1 / sqrt((real)D);
-  (void)lse; (void)T;
-  while (w->model.act[layer].qkv.data != qkv.data) layer++;
-  parallel_for (nh, B*H) {
-    int n = nh / H, h = nh % H, *cell = cell_of(w, n);
-    const real *q = qkv.data + (long)n*3*C + h*D;
-    real *out_n = out.data + (long)n*C + h*D, *att = w->att + nh * w->model.config.block_size;
-    memcpy(cache_at(w, layer, cell[t], h, KEY, t), q + C, D * sizeof(real));
-    memcpy(cache_at(w, layer, cell[t], h, VALUE, t), q + 2*C, D * sizeof(real));
+  (void)lse; (void)T;                            // T is 1; lse is for the backward pass
+  while (w->model.act[layer].qkv.data != qkv.data) layer++;   // which layer is this?
+  parallel_for (bh, B*H) {
+    int row = bh / H, h = bh % H, *cache_row = cache_rows_of(w, row);
+    const real *q = qkv.data + (long)row*3*C + h*D;
+    real *out_row = out.data + (long)row*C + h*D, *att = scratch(t + 1);
+    memcpy(cache_at(w, layer, cache_row[t], h, KEY, t), q + C, D * sizeof(real));
+    memcpy(cache_at(w, layer, cache_row[t], h, VALUE, t), q + 2*C, D * sizeof(real));
+    for (int s = 0; s <= t; s++) att[s] = z_of(q, cache_at(w, layer, cache_row[s], h, KEY, s), D);
+    softmax(att, t + 1);
+    for (int d = 0; d < D; d++) out_row[d] = 0;
     for (int s = 0; s <= t; s++) {
-      const real *k = cache_at(w, layer, cell[s], h, KEY, s);
-      att[s] = SUM(real, d, D, q[d] * k[d]);
-    }
-    softmax(att, t + 1, scale);
-    for (int d = 0; d < D; d++) out_n[d] = 0;
-    for (int s = 0; s <= t; s++) {
-      const real *v = cache_at(w, layer, cell[s], h, VALUE, s);
-      for (int d = 0; d < D; d++) out_n[d] += att[s] * v[d];
+      const real *v = cache_at(w, layer, cache_row[s], h, VALUE, s);
+      for (int d = 0; d < D; d++) out_row[d] += att[s] * v[d];
     }
   }
 }
@@ -118,7 +117,7 @@ static void attention_cached(Tensor out, Tensor lse, Tensor qkv, int B, int T, i
 // The logits after one more token in each row, by forward() of train.c: B rows of one token each,
 // with wpe[t] as the only position and attention to the cache.
 static void step(Writer *w) {
-  Model m = w->model;
+  Model m = w->model;                            // a copy, whose wpe begins at position t
   m.wpe.data += (w->n - 1 - w->start) * m.config.n_embd;
   m.attention = attention_cached;
   MicroBatch batch = {&m, w->rows, 1, 0};
@@ -133,22 +132,20 @@ static void whole_window(Model *m, const unsigned char *bytes, long start, int n
   launch(run_micro_batch, &batch);
 }
 
-// Copies the matrix under each weight into panels, as pack() does it in every matmul of training:
-// here it is done once. A step then reads memory from front to back, which is what it does fastest.
-static void pack_weight(Matrix w, int C, int O) {
-  real *panels = (real *)device_alloc((size_t)C * (O + COLUMNS) * sizeof(real));
-  pack_columns(panels, w, C, O);
-  struct Packed p = {w, panels};
-  packed[n_packed++] = p;
-}
-
+// Packs each weight matrix into panels, once. (In training, where weights change, every matmul does
+// it.) A step then reads memory from front to back, which is what it does fastest.
 static void pack_weights(Model *m) {
   int n = n_packed + m->n_parameter_tensors;
   packed = (struct Packed *)host_alloc(packed, n * sizeof *packed);
   for (Entry *e = m->parameter; e < m->parameter + m->n_parameter_tensors; e++) {
+    if (!e->cols || e->tensor == &m->wpe) continue;   // these are added, not multiplied
     Matrix w = rows_of(e->tensor->data, e->cols);
-    if (e->tensor == &m->wte) pack_weight(transpose(w), e->cols, e->rows);
-    else if (e->cols && e->tensor != &m->wpe) pack_weight(w, e->rows, e->cols);
+    int C = e->rows, O = e->cols;
+    if (e->tensor == &m->wte) w = transpose(w), C = e->cols, O = e->rows;   // as lm_head() reads it
+    real *panels = (real *)device_alloc((size_t)C * (O + COLUMNS) * sizeof(real));
+    pack_columns(panels, w, C, O);
+    struct Packed p = {w, panels};
+    packed[n_packed++] = p;
   }
 }
 
@@ -159,7 +156,7 @@ static void fill_cache(Writer *w, int row) {
   if (n == 0) return;                             // a context of one token has nothing to keep
   whole_window(&w->model, text_of(w, row), w->start, n);
   for (int t = 0; t < n; t++) {
-    cell_of(w, row)[t] = row;
+    cache_rows_of(w, row)[t] = row;
     for (int l = 0; l < w->model.config.n_layer; l++)
       for (int h = 0; h < H; h++)
         for (int which = KEY; which <= VALUE; which++)
@@ -180,25 +177,23 @@ static void start_writing(Writer *w, const unsigned char *prompt, long n, int ro
   memmove(logits_of(w, 0), w->model.logits.data + (n - 1 - w->start)*V, V * sizeof(real));
   for (int row = 1; row < rows; row++) {
     memcpy(text_of(w, row), prompt, n);
-    memcpy(cell_of(w, row), cell_of(w, 0), T * sizeof(int));
+    memcpy(cache_rows_of(w, row), cache_rows_of(w, 0), T * sizeof(int));
     memcpy(logits_of(w, row), logits_of(w, 0), V * sizeof(real));
   }
 }
 
 // Row i continues what was row parent[i]. Nothing is computed again, and no key or value is copied:
-// it stays in the cache row where it was computed, and only the table `cell`, which records where,
-// is copied.
+// it stays in the cache row where it was computed, and only the table `cache_row`, which records
+// where, is copied.
 static void reorder(Writer *w, const int *parent, int rows) {
   Writer old = *w;
-  int moved = 0;
-  for (int i = 0; i < rows; i++) moved |= parent[i] != i;
   w->rows = rows;
-  if (!moved) return;
   w->text = old.old_text; w->old_text = old.text;
-  w->cell = old.old_cell; w->old_cell = old.cell;
+  w->cache_row = old.old_cache_row; w->old_cache_row = old.cache_row;
   for (int i = 0; i < rows; i++) {
     memcpy(text_of(w, i), text_of(&old, parent[i]), w->n);
-    memcpy(cell_of(w, i), cell_of(&old, parent[i]), w->model.config.block_size * sizeof(int));
+    memcpy(cache_rows_of(w, i), cache_rows_of(&old, parent[i]),
+           w->model.config.block_size * sizeof(int));
   }
 }
 
@@ -211,7 +206,7 @@ static void advance(Writer *w, const unsigned char *byte) {
   }
   for (int row = 0; row < w->rows; row++) {
     text_of(w, row)[w->n] = byte[row];
-    cell_of(w, row)[w->n - w->start] = row;
+    cache_rows_of(w, row)[w->n - w->start] = row;
     w->model.token[row] = byte[row];
   }
   w->n++;
@@ -249,9 +244,9 @@ static int probabilities(Choice *choice, const real *logits, int V, double tempe
   return n;
 }
 
-// Keeps the top_k likeliest (0: all), and of those the fewest whose probabilities add up to top_p
-// of theirs; scales what remains to a sum of 1. Returns how many remain. Fan et al. 2018; Holtzman
-// et al. 2020.
+// Keeps the top_k likeliest (0: all), then of those the fewest whose sum is at least top_p times
+// the sum of all of those; scales what remains to a sum of 1. Returns how many remain. Fan et al.
+// 2018; Holtzman et al. 2020.
 static int truncate_choices(Choice *choice, int n, int top_k, double top_p) {
   if ((!top_k || top_k >= n) && top_p >= 1) return n;
   qsort(choice, n, sizeof *choice, by_probability);
@@ -269,13 +264,14 @@ typedef struct { double temperature, top_p; int top_k, seed; } Sampler;   // tem
 // Byte i of text number `sample`. Each text has random numbers of its own, so it does not depend on
 // how many are written at the same time.
 static int choose(const Sampler *s, const real *logits, int V, int sample, long i) {
-  Choice choice[256];
+  Choice choice[256];                            // greedy does not need it, but its check of logits
   int n = probabilities(choice, logits, V, s->temperature > 0 ? s->temperature : 1), k = 0;
   if (s->temperature == 0) {
     for (int v = 1; v < n; v++) if (logits[v] > logits[k]) k = v;
     return k;
   }
   n = truncate_choices(choice, n, s->top_k, s->top_p);
+  // Each byte has a share of [0,1), as large as its p: find the share that u falls into.
   double u = random_uniform(random_bits(s->seed, sample), i);
   for (; k < n - 1 && u >= choice[k].p; k++) u -= choice[k].p;
   return choice[k].byte;
@@ -293,6 +289,8 @@ static void sample_step(Writer *w, const Sampler *s, long i) {
 // so all are of equal length, and no score needs to be corrected for it.
 typedef struct { double score; int row, byte; } Candidate;
 
+// Writes the best max_rows candidates to `best`, the largest score first (insertion sort); of equal
+// ones the earlier row, then the smaller byte. Returns how many there are.
 static int best_candidates(Candidate *best, Writer *w, const double *score) {
   int kept = 0, V = w->model.config.vocab_size;
   for (int row = 0; row < w->rows; row++) {
@@ -303,7 +301,7 @@ static int best_candidates(Candidate *best, Writer *w, const double *score) {
     double lse = max + log(sum);
     for (int v = 0; v < choices(V); v++) {
       Candidate c = {score[row] + logits[v] - lse, row, v};
-      if (kept == w->max_rows && c.score <= best[kept - 1].score) continue;   // if equal: the first
+      if (kept == w->max_rows && c.score <= best[kept - 1].score) continue;
       int i = kept < w->max_rows ? kept++ : kept - 1;
       for (; i > 0 && c.score > best[i - 1].score; i--) best[i] = best[i - 1];
       best[i] = c;
@@ -345,8 +343,9 @@ static int utf8_length(const unsigned char *p, long n) {
   int length = p[0] < 0x80 ? 1 : p[0] < 0xc2 ? -1 : p[0] < 0xe0 ? 2 : p[0] < 0xf0 ? 3
              : p[0] < 0xf5 ? 4 : -1;
   for (int i = 1; i < MIN(length, n); i++) {
-    int low = i > 1 ? 0x80 : p[0] == 0xe0 ? 0xa0 : p[0] == 0xf0 ? 0x90 : 0x80;   // no overlong form
-    int high = i > 1 ? 0xbf : p[0] == 0xed ? 0x9f : p[0] == 0xf4 ? 0x8f : 0xbf;  // no surrogate
+    // no overlong form (e0, f0), no control character of two bytes (c2), no surrogate (ed)
+    int low = i > 1 ? 0x80 : p[0] == 0xe0 || p[0] == 0xc2 ? 0xa0 : p[0] == 0xf0 ? 0x90 : 0x80;
+    int high = i > 1 ? 0xbf : p[0] == 0xed ? 0x9f : p[0] == 0xf4 ? 0x8f : 0xbf;
     if (p[i] < low || p[i] > high) return -1;
   }
   return length > n ? 0 : length;
@@ -376,7 +375,8 @@ static const char *readable(char *out, int byte) {
   return out;
 }
 
-// --explain: a byte that was written, and the five likeliest that could have been.
+// --explain: a byte that was written, and the five that the model found likeliest (at temperature
+// 1, before top-k and top-p).
 static void explain(const real *logits, int V, int byte) {
   Choice choice[256];
   char name[8];
@@ -407,7 +407,8 @@ static double text_loss(Writer *w, const unsigned char *bytes, long first, long 
   return sum;
 }
 
-// The first byte, from n on, that the hypotheses of a search do not agree on yet.
+// How many bytes are certain, and can be printed: those in which all hypotheses of a beam search
+// agree; without a search all. The first n are.
 static long agreed_until(Writer *w, long n, int beam) {
   for (; n < w->n; n++)
     for (int row = 1; beam && row < w->rows; row++)
@@ -417,21 +418,21 @@ static long agreed_until(Writer *w, long n, int beam) {
 
 typedef struct { double score, seconds; } Result;   // log p of the best hypothesis
 
-// Continues the prompt by gen.tokens bytes: `rows` samples, or the best of a beam search. With
-// `stream`, row 0 is printed while it is written.
-static Result write_text(Writer *w, const Sampler *s, int rows, int beam, int stream) {
+// Continues the prompt by gen.tokens bytes: `rows` samples, or the best of a beam search. Row 0 is
+// printed while it is written.
+static Result write_text(Writer *w, const Sampler *s, int rows, int beam) {
   double score[256] = {0}, started = seconds();
   long agreed = prompt.n, printed = prompt.hidden;
   start_writing(w, prompt.byte, prompt.n, beam ? 1 : rows);
   for (int i = 0; ; i++) {
-    if (stream) printed += print_text(text_of(w, 0) + printed, agreed - printed, 0);
+    printed += print_text(text_of(w, 0) + printed, agreed - printed, 0);
     if (i == gen.tokens) break;
     if (beam) beam_step(w, score);
     else sample_step(w, s, i);
     agreed = agreed_until(w, agreed, beam);
   }
-  check_finite(logits_of(w, 0)[0]);
-  if (stream) print_text(text_of(w, 0) + printed, w->n - printed, 1), printf("\n");
+  check_finite(logits_of(w, 0)[0]);               // of the last step: nothing is chosen from them
+  print_text(text_of(w, 0) + printed, w->n - printed, 1), printf("\n");
   Result result = {score[0], seconds() - started};
   return result;
 }
@@ -439,7 +440,7 @@ static Result write_text(Writer *w, const Sampler *s, int rows, int beam, int st
 static void write_samples(Writer *w) {
   Sampler s = {gen.greedy ? 0 : gen.temperature, gen.top_p, gen.top_k, gen.seed};
   if (gen.samples > 1) printf("--- 1 of %d ---\n", gen.samples);
-  Result result = write_text(w, &s, gen.samples, gen.beam, 1);
+  Result result = write_text(w, &s, gen.samples, gen.beam);
   for (int row = 1; row < gen.samples; row++) {
     printf("--- %d of %d ---\n", row + 1, gen.samples);
     print_text(text_of(w, row) + prompt.hidden, w->n - prompt.hidden, 1);
@@ -484,30 +485,28 @@ static void compare(Writer *w) {
   unsigned char *written[2];
   double loss[2], rate[2];
   for (int i = 0; i < 2; i++) {
-    Result result = write_text(w, &greedy, 1, i ? gen.beam : 0, 0);
+    printf("--- %s ---\n", i ? "beam search" : "greedy");
+    Result result = write_text(w, &greedy, 1, i ? gen.beam : 0);
     written[i] = (unsigned char *)memcpy(host_alloc(NULL, n), text_of(w, 0), n);
     rate[i] = gen.tokens / result.seconds;
     loss[i] = text_loss(w, written[i], prompt.n, n, 0);
-  }
-  for (int i = 0; i < 2; i++) {
-    printf("--- %s ---\n", i ? "beam search" : "greedy");
-    print_text(written[i] + prompt.hidden, n - prompt.hidden, 1);
-    printf("\n");
   }
   printf("\n%-12s %10s %10s %10s\n", "", "loss", "per byte", "tokens/s");
   for (int i = 0; i < 2; i++)
     printf("%-12s %10.3f %10.4f %10.0f\n", i ? "beam search" : "greedy", loss[i],
            loss[i] / gen.tokens, rate[i]);
   print_first_difference(w, written[0], written[1]);
-  double times = exp(fabs(loss[0] - loss[1]));
-  if (loss[0] == loss[1]) printf("To the model both texts are equally likely.\n");
-  else printf("To the model, the text of %s is %.*f times as likely.\n",
-              loss[1] < loss[0] ? "beam search" : "greedy", times < 100 ? 1 : 0, times);
+  double nats = fabs(loss[0] - loss[1]), tens = nats / log(10);
+  if (nats == 0) printf("To the model both texts are equally likely.\n");
+  else printf("To the model, the text of %s is %s%.*f times as likely.\n",
+              loss[1] < loss[0] ? "beam search" : "greedy", tens < 6 ? "" : "10^", tens < 2,
+              tens < 6 ? exp(nats) : tens);
 }
 
 // ---- 5. Looking inside: --attention -----------------------------------------------------------
 // A picture for each layer (down) and head (across): a triangle in which row t shows how much byte
-// t of the prompt attends to each byte up to itself.
+// t of the prompt attends to each byte up to itself. Only the last MAX_SHOWN bytes are drawn, and
+// computed as if nothing stood before them.
 enum { MAX_SHOWN = 64, MAP = 240, GAP = 34, MARGIN = 60, CAPTION = 96 };   // bytes; pixels
 
 // att[t,s] of one head, from the queries and keys that forward() left: (n,n), 0 for s > t.
@@ -516,7 +515,7 @@ static void head_attention(const Model *m, int layer, int head, int n, real *att
   const real *q = m->act[layer].qkv.data + head*D, *k = q + C;
   for (int t = 0; t < n; t++) {
     for (int s = 0; s < n; s++) att[t*n + s] = s <= t ? z_of(q + 3L*t*C, k + 3L*s*C, D) : 0;
-    softmax(att + t*n, t + 1, 1);
+    softmax(att + t*n, t + 1);
   }
 }
 
@@ -531,6 +530,7 @@ static double mean_distance(const real *att, int n) {   // how many bytes back a
 static const char *label(const unsigned char *bytes, int n, int i) {
   static char character[8];
   int length = utf8_length(bytes + i, n - i);
+  if (length == 3 && memcmp(bytes + i, "\xef\xbf\xbe", 3) >= 0) length = -1;   // U+FFFE, U+FFFF
   if (bytes[i] == ' ') return "\xe2\x90\xa3";
   if (bytes[i] == '\n') return "\xe2\x86\xb5";
   if (bytes[i] == '<') return "&lt;";
@@ -649,10 +649,11 @@ static Option generate_options[] = {
   INT(gen, beam, NULL, 1, 256, 0, "beam search with this many hypotheses"),
   INT(gen, samples, "1", 1, 256, 0, "texts to write at the same time"),
   INT(gen, seed, "1337", 0, 2147483647, 0, "of the random choices"),
-  FLAG(gen, compare, "greedy against beam search (of 4)"),
+  FLAG(gen, compare, "greedy against beam search (of 4, or --beam)"),
   WORD(gen, score, NULL, 0, "print the loss of this text, and end"),
   FLAG(gen, explain, "show what else each byte might have been"),
-  WORD(gen, attention, NULL, 0, "draw what each head attends to in the prompt: an .svg file"),
+  WORD(gen, attention, NULL, 0,
+       "draw what each head attends to in the last 64 bytes of the prompt: an .svg file"),
   FLAG(gen, bench, "time steps of the model in DIR; without DIR, of one with 10.8 M parameters"),
   INT(gen, threads, NULL, 1, 1024, 0, "default: as many as help"),
   END_OF_OPTIONS};
@@ -664,13 +665,16 @@ static const char GENERATE_USAGE[] =
 
 static void check_choices(void) {
   if (gen.greedy && gen.beam) die("--greedy and --beam are alternatives: give only one");
-  if (gen.samples > 1 && (gen.greedy || gen.beam || gen.compare))
-    die("--samples %d with --greedy, --beam or --compare: those write one text, always the same",
+  if (gen.samples > 1 && (gen.greedy || gen.temperature == 0 || gen.beam || gen.compare))
+    die("--samples %d with --greedy, --temperature 0, --beam or --compare: always the same text",
         gen.samples);
   if (gen.compare && gen.greedy) die("--compare is greedy and beam search: leave out --greedy");
   if (gen.compare && !gen.tokens) die("--compare with --tokens 0 has nothing to compare");
   if (gen.score && (!*gen.score || !gen.score[1]))
     die("--score needs a text of two bytes or more: the first is only the context of the second");
+  if (gen.score && (gen.prompt || gen.beam || gen.compare || gen.bench))
+    die("--score takes the whole text itself: leave out --prompt, --beam, --compare and --bench");
+  if (gen.compare && gen.explain) die("--explain is for one text: leave out --compare");
   if (gen.compare && !gen.beam) gen.beam = 4;
 }
 
@@ -681,10 +685,11 @@ static void take_prompt(Config c) {
   prompt.byte = (const unsigned char *)bytes;
   prompt.n = (long)strlen(bytes);
   prompt.hidden = !gen.prompt;
-  for (long i = 0; i < prompt.n; i++)
+  for (long i = 0; i < prompt.n && !gen.bench; i++)
     if (prompt.byte[i] >= c.vocab_size)
-      die("byte %ld of %s is %d, but the vocabulary of the model has %d entries", i,
-          gen.score ? "--score" : "the prompt", prompt.byte[i], c.vocab_size);
+      die("byte %ld of %s is %d, but the vocabulary of the model has %d entries", i, gen.score
+          ? "--score" : gen.prompt ? "--prompt" : "the default prompt", prompt.byte[i],
+          c.vocab_size);
   if (prompt.n > c.block_size && !gen.score)
     fprintf(stderr, "generate: the prompt has %ld bytes, the context of the model is %d: its last "
             "%ld are used\n", prompt.n, c.block_size,

@@ -86,7 +86,8 @@ whole_characters() {   # what is printed is UTF-8, whatever is drawn
 }
 check "what is printed is whole characters" whole_characters
 prompt_is_printed() {
-  [ "$(go --prompt "从前有一" --tokens 0)" = "从前有一" ] && [ "$(go --tokens 0)" = "" ]
+  [ "$(go --prompt "从前有一" --tokens 0)" = "从前有一" ] && [ "$(go --tokens 0)" = "" ] &&
+  ! go --prompt "$(printf 'a\302\233b')" --tokens 0 | grep "$(printf '\302\233')"   # a control character
 }
 check "a prompt begins the text; the line break in its place does not" prompt_is_printed
 cut_prompt() { go --prompt "$(printf '\344\273')" --tokens 30 | utf8; }
@@ -121,7 +122,7 @@ explained() {
 }
 check "--explain has a line for each byte, greedy's choice among the five" explained
 attention() {
-  go --attention a.svg --prompt "<Once> & 从前 " --tokens 0 && grep -q '</svg>' a.svg &&
+  go --attention a.svg --prompt "<Once> & 从前 $(printf '\357\277\277')" --tokens 0 && grep -q '</svg>' a.svg &&
   [ "$(grep -c 'layer [12], head [12]' a.svg)" = 4 ] || return 1
   if command -v xmllint >/dev/null; then xmllint --noout a.svg; fi
 }
@@ -152,7 +153,10 @@ much_text() {
 }
 check "--tokens 10000000 --samples 256" much_text
 check "--greedy --beam 3" refuses "only one" go --greedy --beam 3
-check "--samples 2 --beam 3" refuses "one text" go --samples 2 --beam 3
+check "--samples 2 --beam 3" refuses "same text" go --samples 2 --beam 3
+check "--samples 2 --temperature 0" refuses "same text" go --samples 2 --temperature 0
+check "--score with --prompt" refuses "leave out" go --score abc --prompt abc
+check "--compare --explain" refuses "leave out" go --compare --explain
 check "--score of one byte" refuses "two bytes or more" go --score a
 check "--score of nothing" refuses "two bytes or more" go --score ""
 check "an SVG where none can be written" refuses "cannot be written" go --attention no/a.svg
