@@ -50,6 +50,18 @@ range_of() {   # FILE TENSOR: where its bytes begin and end, counted from 1
     { read -r from to; echo $((header + 9 + from)) $((header + 8 + to)); }
 }
 same() { for f in model state; do cmp "$1/$f.safetensors" "$2/$f.safetensors" || return 1; done; }
+header_size() { od -An -tu4 -N4 "$1" | tr -d ' '; }
+header() { tail -c +9 "$1" | head -c "$(header_size "$1")"; }
+refuses() {   # PATTERN ARGUMENTS: the line must match the pattern
+  pattern=$1; shift
+  "$train" "$@" >out.txt 2>err.txt </dev/null
+  code=$?
+  if [ $code = 0 ] || [ $code -gt 125 ] || [ "$(wc -l <err.txt)" != 1 ] ||
+     ! grep -Eq "^train: .*$pattern" err.txt || grep -qi sanitizer err.txt; then
+    echo "train $*: exit code $code, expected a line with \"$pattern\""; cat err.txt; return 1
+  fi
+  clean .
+}
 clean() { [ -z "$(find "$@" -name '*.tmp')" ] || { find "$@" -name '*.tmp'; return 1; }; }
 seed=$$
 random() {   # sets $random to a number below $1
@@ -241,6 +253,141 @@ compare_alone() {   # on the same tokens with the same rates as a run without --
   cmp single.rows train.rows
 }
 check "its single-step trainer is the run without --compare" compare_alone
+compare_fair() {
+  go --compare 3 --max_steps 20 --eval_interval 6 --out fair >fair.txt || return 1
+  cat fair.txt; [ "$(ls fair | tr '\n' ' ')" = "log.csv loss.svg " ] || return 1
+  [ "$(awk -F, '$2 == 0 { print $8 }' fair/log.csv | uniq | wc -l)" = 1 ] || return 1
+  at() { awk -F, -v t=$1-step -v u=$2 -v c=$3 '$1 == t && $2 == u { printf "%.4f", $c }' fair/log.csv; }
+  percent() { awk -v x="$(at $1 $2 9)" 'BEGIN { printf "%.1f%%", 100 * x }'; }
+  grep -F "at equal updates (6 each): single-step $(at single 6 8), multi-step $(at multi 6 8)," fair.txt &&
+    grep -E "^ +288 \| +18 .* $(at single 18 8) +$(percent single 18) .* 6 .* $(at multi 6 8) +$(percent multi 6) " \
+      fair.txt || return 1
+  go --compare 3 --max_steps 20 --eval_interval 0 --out fair &&
+    go --compare 3 --max_steps 6 --init run --out fair || return 1
+  [ "$(awk -F, '$2 == 0 { print $8 }' fair/log.csv | uniq | wc -l)" = 1 ]
+}
+check "--compare: one start, also with --init; the verdict is that of the log; no checkpoint" compare_fair
+
+# ---- What it says is so
+
+header_says() {
+  grep -F '3000 parameters' printed && grep -F '3600 to train, 400 to validate' printed &&
+  grep -F '; 0.3 passes' printed && grep '^step  0/60 | train - | val [0-9.]*$' printed
+}
+check "the first lines: parameters, bytes, passes" header_says
+adds_up() {   # the last line is that of the log, and its seconds add up, also after --resume
+  go --max_steps 21 --accumulate 3 --eval_interval 0 --out sums >sums.txt || return 1
+  go --max_steps 42 --resume --eval_interval 21 --out sums >sums.txt || return 1
+  tail -3 sums.txt; tail -21 sums/log.csv | cut -d, -f10 | sort -g | sed -n 11p >median
+  awk -v median="$(cat median)" -F, 'function off(a, b) { return a < b * 0.97 || a > b * 1.03 }
+    FNR == NR && FNR > 1 { total += $10; if (off($11, total) || $3 != $2 * 48) bad = 1; train = $4; val = $8 }
+    FNR < NR && / ms.step / {
+      split($0, w, / \| /); split(w[4], ms, " "); split(w[5], rate, " "); split(w[6], gflop, " ")
+      if (w[2] != sprintf("train %.4f", train) || w[3] != sprintf("val %.4f", val) || off(rate[1], 48 / median) ||
+          off(ms[1] + 0.02, median * 1e3 + 0.02) || off(gflop[1] + 2, 829440e-9 / median + 2)) bad = 1
+      seen = 1 }
+    END { exit bad || !seen }' sums/log.csv sums.txt
+}
+check "the last line is that of the log, whose seconds add up, also after --resume" adds_up
+finished() {
+  go --max_steps 6 --eval_interval 3 --out fin | tail -1 >f1; go --resume --out fin | tail -1 >f2
+  cut -d '|' -f 2 f1 >g1; cut -d '|' -f 2 f2 | cmp - g1
+}
+check "--resume of a finished run prints its last training loss" finished
+eval_lines() {
+  awk '$1 == "perplexity" { p = $2 } $1 == "bits" { b = $4 } $1 == "loss" { l = $2 } / 49 windows of 8 / { w = 1 }
+    END { d = p / exp(l) - 1; e = b * log(2) - l; exit !(w && d*d < 1e-8 && e*e < 1e-10) }' eval.txt &&
+  [ "$(sed -n 's/^accuracy //p' eval.txt)" = \
+    "$(tail -1 run/log.csv | cut -d, -f9 | awk '{ printf "%.4f", $1 }')" ]
+}
+check "--eval: windows, perplexity, bits, accuracy" eval_lines
+expected() {   # FOLDER: the points of its curves, from the log
+  awk -F, 'NR > 1 { rows++; if (!($1 in seen)) { seen[$1] = 1; name[++names] = $1 }
+      if ($3 > x1) x1 = $3
+      for (i = 4; i <= 8; i += 4) if ($i != "") {
+        if (!n++ || $i < y0) y0 = $i; if (n == 1 || $i > y1) y1 = $i
+        p[$1, i] = p[$1, i] $3 "," $i " " } }
+    END { y0 = int(2*y0) / 2; y1 = int(2*y1 + 1) / 2
+      for (j = 1; j <= names; j++) for (i = 4; i <= 8; i += 4) {
+        every = i == 4 ? int(rows / 500) + 1 : 1; n = split(p[name[j], i], q, " "); sum = 0
+        for (k = 1; k <= n; k++) { split(q[k], xy, ","); sum += xy[2]; if (k % every) continue
+          print 64 + xy[1] / x1 * 636 "," 444 - (sum / every - y0) / (y1 - y0) * 400; sum = 0 }
+        print "end" } }' $1/log.csv
+}
+curves() {   # FOLDER
+  expected $1 >e1; sed -n 's/^<polyline.*points="\([^"]*\)".*/\1end/p' $1/loss.svg | tr ' ' '\n' >p1
+  paste -d, e1 p1 | awk -F, '{ a = $1 - $3; b = $2 - $4
+    if (NF == 2 ? $1 != $2 : NF != 4 || a*a > 0.02 || b*b > 0.02) { print; bad = 1 } } END { exit bad || NR < 60 }'
+}
+plots() {
+  curves run && grep -F '>960 tokens<' run/loss.svg &&
+  grep -F "validation $(tail -1 run/log.csv | cut -d, -f8 | awk '{ printf "%.3f", $1 }')" run/loss.svg &&
+  go --compare 2 --max_steps 600 --eval_interval 200 --learning_rate 1e-2 --out fair && curves fair
+}
+check "loss.svg has the points of log.csv, also averaged, and of two trainers" plots
+floors() {
+  cp tales.txt grown && echo x >>grown && cp tales.txt.floor grown.floor
+  "$train" grown $small --max_steps 0 --out low >low.txt && ! grep floor low.txt &&
+  "$train" tales.txt $small --max_steps 0 --out low |
+    grep -F "floor $(sed -n 's/^val_nats_per_byte //p' tales.txt.floor | awk '{ printf "%.4f", $1 }')"
+}
+check "the floor is that of validation, and of this text only" floors
+defaults() {
+  "$train" --help | sed -n 's/^ *--\([a-z0-9_]* [^ ]*\) .*/\1/p' | tr '\n' ';' | grep -F "n_layer 4;n_head 4;\
+n_embd 128;block_size 64;batch_size 12;accumulate 1;max_steps 2000;optimizer adamw;vocab_size 256;learning_rate N;\
+min_lr N;warmup 100;weight_decay N;beta1 0.9;beta2 0.99;grad_clip 1.0;eval_interval 250;seed 1337;" &&
+  "$train" --help | grep -F "sgd (rate 0.1), momentum (rate 0.01), adagrad (rate 0.01), adadelta (rate 1), \
+rmsprop (rate 0.001), adam (rate 0.001), adamw (rate 0.001)" || return 1
+  go --max_steps 1 --out d1 && go --max_steps 1 --optimizer adam --out d2 &&
+  header d1/state.safetensors | grep -F '"weight_decay":"0.1' &&
+  header d2/state.safetensors | grep -F '"weight_decay":"0"'
+}
+check "the defaults are those of the README" defaults
+odd_numbers() {
+  go --learning_rate 0.00123456789012345 --beta1 0.87654321 --beta2 0.987654321 --weight_decay 0.0123456789 \
+    --grad_clip 0.123456789 --seed 7 --warmup 0 --max_steps 4 --min_lr 0 --eval_interval 2 --out d1 || return 1
+  for s in '"learning_rate":"0.00123456789012345' '"seed":"7"' '"beta1":"0.87654321' '"beta2":"0.98765432' \
+           '"weight_decay":"0.0123456789' '"grad_clip":"0.123456789' '"batch_size":"2"' '"accumulate":"1"' \
+           '"warmup":"0"' '"max_steps":"4"' '"min_lr":"0"' '"eval_interval":"2"' '"precision":"fp32"'; do
+    header d1/state.safetensors | grep -F "$s" >/dev/null || { echo "$s is not there"; return 1; }
+  done
+}
+check "the options are saved, with all their digits" odd_numbers
+
+# ---- Folders and texts
+
+alone() {
+  "$train" text $small --out taken2 --max_steps 1000000 --eval_interval 0 >begun & pid=$!
+  tries=100; until grep -q ^device begun || [ $tries = 0 ]; do sleep 0.1; tries=$((tries - 1)); done
+  refuses 'is training there' text $small --out taken2; code=$?
+  kill -INT $pid; wait $pid; return $code
+}
+check "a second run in the same folder is refused" alone
+another_text() {
+  head -c 3999 text >t2; printf '#' >>t2
+  [ "$(tail -c 1 text)" != '#' ] && refuses 'another text' t2 --out run --resume
+}
+check "--resume refuses a text that differs in its last byte" another_text
+replaced() {
+  go --max_steps 2 --n_head 2 --out over && go --max_steps 2 --n_head 4 --out over &&
+  grep '"n_head": 4' over/config.json && "$train" text --eval --out over || return 1
+  for V in 1000 128; do
+    go --max_steps 1 --vocab_size $V --out over && [ ! -e over/tokenizer.json ] || return 1
+  done
+}
+check "a run over another: no file of the other stays" replaced
+nothing() {
+  rm -rf zero; go --max_steps 0 --out zero && [ -f zero/model.safetensors ] &&
+  go --max_steps 0 --out "$tmp/x/y/z" && [ -f x/y/z/log.csv ]
+}
+check "--max_steps 0 saves; --out makes the folders above it" nothing
+shorter() {
+  "$train" last --eval --out run --block_size 4 | grep '^loss [0-9]' &&
+  refuses 'leave the option out' last --eval --out run --block_size 16
+}
+check "--eval with a shorter context, not with a longer one" shorter
+edge() { printf 'd%.0s' $(seq 400) >ds; refuses 'vocabulary has 100' ds $small --vocab_size 100 --max_steps 1; }
+check "a byte that equals --vocab_size is refused" edge
 
 # ---- Odd but good input
 
@@ -279,16 +426,6 @@ done
 
 # ---- Bad input: one line on stderr, a non-zero exit code, nothing half written
 
-refuses() {   # PATTERN ARGUMENTS: the line must match the pattern
-  pattern=$1; shift
-  "$train" "$@" >out.txt 2>err.txt </dev/null
-  code=$?
-  if [ $code = 0 ] || [ $code -gt 125 ] || [ "$(wc -l <err.txt)" != 1 ] ||
-     ! grep -Eq "^train: .*$pattern" err.txt || grep -qi sanitizer err.txt; then
-    echo "train $*: exit code $code, expected a line with \"$pattern\""; cat err.txt; return 1
-  fi
-  clean .
-}
 untouched() { same run kept && diff -r run kept; }
 
 bad_texts() {
@@ -533,8 +670,6 @@ check "a resumed run that explodes leaves the last good checkpoint as it was" ke
 go --out run --max_steps 60 --eval_interval 20 >/dev/null; rm -rf kept; cp -r run kept
 "$train" last --eval --out run --threads 2 >eval.txt
 
-header_size() { od -An -tu4 -N4 "$1" | tr -d ' '; }
-header() { tail -c +9 "$1" | head -c "$(header_size "$1")"; }
 numbers() { tail -c +$((9 + $(header_size "$1"))) "$1"; }
 safetensors() {   # HEADER: its length, little-endian, and itself
   n=${#1}
@@ -545,10 +680,11 @@ edit() {   # FROM TO SED-SCRIPT: the same numbers under an edited header
 }
 
 hub() {   # no prefix, and a mask that is no parameter
-  rm -rf hub; mkdir hub && cp run/config.json hub || return 1
+  rm -rf hub; mkdir hub
+  sed 's/1e-05/0.00001/; /n_inner/d; /tie_word/d' run/config.json >hub/config.json
   end=$(numbers run/model.safetensors | wc -c)
-  mask='"h.0.attn.bias":{"dtype":"U8","shape":[1,1,8,8],"data_offsets":'"[$end,$((end + 64))]}"
-  edit run/model.safetensors hub/model.safetensors "s/transformer\.//g; s/} *\$/,$mask}   /" &&
+  mask='"h.0.attn.bias":{"dtype":"BOOL","shape":[1,1,8,8],"data_offsets":'"[$end,$((end + 64))]}"
+  edit run/model.safetensors hub/model.safetensors "s/transformer\.//g; s/} *\$/,$mask}   /; s/:/ : /g; s/,/, /g" &&
     head -c 64 /dev/zero >>hub/model.safetensors || return 1
   "$train" last --eval --out hub >hub.txt || return 1
   cmp hub.txt eval.txt || return 1
@@ -609,8 +745,11 @@ shards() {   # a model in two files, and indexes that are not right
   edit run/model.safetensors two/b.safetensors 's/.*/{"e":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}/' &&
     head -c $(($(wc -c <two/b.safetensors) - $(numbers run/model.safetensors | wc -c))) two/b.safetensors >b &&
     mv b two/b.safetensors
-  echo '{"weight_map":{"e":"b.safetensors", "wte.weight": "a.safetensors"}}' >two/model.safetensors.index.json
-  [ "$("$train" last --eval --out two | tail -1)" = "$(tail -1 eval.txt)" ] || return 1
+  for map in '"e":"b.safetensors","w":"a.safetensors"' '"w":"a.safetensors", "e": "b.safetensors", "v":"a.safetensors"'; do
+    echo "{\"weight_map\":{$map}}" >two/model.safetensors.index.json
+    [ "$("$train" last --eval --out two | tail -1)" = "$(tail -1 eval.txt)" ] || return 1
+  done
+  cp two/a.safetensors two/b.safetensors && refuses 'two tensors' last --eval --out two || return 1
   for map in '"e":"c.safetensors"=No such file' '"e":"../x"=outside' '"e":"\u002fx"=outside' '=names no files'; do
     echo "{\"weight_map\":{${map%=*}}}" >two/model.safetensors.index.json
     refuses "${map##*=}" last --eval --out two || return 1
@@ -809,6 +948,8 @@ if [ "${SANITIZE:-yes}" = yes ]; then
       go --max_steps 12 --eval_interval 4 --accumulate 2 --threads 3 --out asan1 || return 1
       go --max_steps 16 --resume --out asan1 && go --compare 2 --max_steps 6 --out asan1 &&
       go --n_embd 20 --n_head 2 --block_size 70 --batch_size 3 --max_steps 2 --out asan1 &&
+      go --n_embd 517 --n_head 1 --block_size 270 --batch_size 1 --max_steps 1 --eval_interval 0 --out asan1 &&
+      go --n_embd 384 --n_head 1 --block_size 270 --batch_size 1 --max_steps 1 --eval_interval 0 --out asan1 &&
       go --n_layer 8 --max_steps 1 --out asan8 &&
       go --n_layer 8 --max_steps 2 --out asan8 --resume   # 300 tensors
     }
