@@ -492,9 +492,17 @@ static void report_crash(int number) {
 
 static void report_crashes(void) {
   const int crash[] = {SIGSEGV, SIGBUS, SIGFPE, SIGABRT, SIGILL};
+  static char memory[1 << 16];
+  struct sigaction action;
+  stack_t stack;                         // of the handler, since another may be damaged
+  memset(&stack, 0, sizeof stack);
+  memset(&action, 0, sizeof action);
+  stack.ss_sp = memory; stack.ss_size = sizeof memory;
+  action.sa_handler = report_crash; action.sa_flags = SA_ONSTACK | SA_RESETHAND;
+  sigaltstack(&stack, NULL);
   setvbuf(stdout, NULL, _IOLBF, 1 << 16);   // so that no row is lost, nor half of one
   atexit(report_end);
-  for (int i = 0; i < 5; i++) signal(crash[i], report_crash);
+  for (int i = 0; i < 5; i++) sigaction(crash[i], &action, NULL);
 }
 
 // ---- 2. Layers --------------------------------------------------------------------------------
@@ -886,6 +894,7 @@ static const struct {
   {{1, 5, 23, 1, 10, 3}, 1, NULL},       //   token, one sequence, one head, one channel a head
   {{5, 1, 13, 13, 33, 17}, 1, NULL},
   {{1, 513, 14, 2, 29, 10}, 0, "attention embedding"},   // one key, or row, in the last block
+  {{1, 5, 205, 1, 29, 10}, 0, "fill residual gelu"},     // 1025 numbers: one in the last block
   {{2, 3, 390, 3, 29, 530}, 0, "linear"},                // more than DEPTH x BLOCK_COLUMNS of w
   {{3, 7, 525, 3, 29, 10}, 0, "linear lm_head"},    // few results, each a sum of over 512 terms,
   {{5, 121, 24, 3, 29, 10}, 0, "linear lm_head"}};  //   which a GPU cuts into slices
@@ -1138,9 +1147,10 @@ static void expect_same(const Model *m, const double *x, const double *y, const 
 
 // The model's tensors share memory, see Place. With memory of their own the gradients must have the
 // same bits. And the operations that --profile counts must be those of model_flop(), and those that
-// the backward pass of attention computes again: the scores (a GPU: twice, and datt).
+// the backward pass of attention computes again: the scores (a GPU: twice, and datt). On a GPU the
+// numbers that kernels must move are counted, too.
 static void check_shared_memory(void) {
-  double *grad[2], N = PIECE.B * PIECE.T, flop = 0;
+  double *grad[2], N = PIECE.B * PIECE.T, flop = 0, moved = 0;
   double again = N * PIECE.T * TINY.n_embd * TINY.n_layer;
   Model *m = NULL;
 #ifdef GPU
@@ -1158,9 +1168,19 @@ static void check_shared_memory(void) {
   }
   expect_same(m, grad[0], grad[1], "with memory shared between activations", ": look at the table "
               "of Place");
-  for (struct Profile *p = profile; *p->name; p++) flop += p->flop;
+  for (struct Profile *p = profile; *p->name; p++) {
+    flop += p->flop;
+    if (!strstr(p->name, "add_slices")) moved += p->bytes / sizeof(real);   // not WARPS' number
+    int products = strstr(p->name, "backward_kv") ? 4 : strstr(p->name, "backward_q") ? 3 : 0;
+    if (products)
+      expect(p->flop == products * again / 3, "--profile", "%.0f operations of %s", p->flop,
+             p->name);
+  }
   expect(flop == model_flop(m, N, PIECE.T) + again, "--profile", "%.0f operations, expected %.0f",
          flop, model_flop(m, N, PIECE.T) + again);
+#ifdef GPU
+  expect(moved == 46872, "--profile", "%.0f numbers moved, expected 46872", moved);
+#endif
 }
 
 // ---- Every optimizer against its formula
@@ -1279,13 +1299,16 @@ static void round_to_bf16(double *x, long n) {   // to 8 bits; of two that are a
 
 // The largest error of an element, relative to the sum of the sizes of its terms.
 static double matmul_error(int M, int N, int K, int a_along, int b_along, int mode, int bf16) {
-  double *a = random_matrix(M*K, 800), *b = random_matrix(K*N, 801), *c = random_matrix(M*N, 802);
-  double *bias = random_matrix(N, 803), worst = 0;
+  int shift = mode == ADD;               // then A is not aligned
+  double *a = random_matrix(M*K + shift, 800) + shift, *b = random_matrix(K*N, 801);
+  double *c = random_matrix(M*N, 802), *bias = random_matrix(N, 803), worst = 0;
   int a_down = a_along ? K : 1, a_right = a_along ? 1 : M;
   int b_down = b_along ? 1 : N, b_right = b_along ? K : 1;
-  Matrix device_a = {on_device(a, M*K), a_down, a_right};
+  Matrix device_a = {on_device(a - shift, M*K + shift) + shift, a_down, a_right};
   Matrix device_b = {on_device(b, K*N), b_down, b_right};
   Matrix device_c = rows_of(on_device(c, M*N + GUARD), N);
+  device_bytes -= rounded_bytes;         // each product gets other memory, so that what is read
+  rounded_bytes = 0;                     //   beyond it is seen
   matmul(device_c, device_a, device_b, M, N, K, mode, mode == ADD ? NULL : on_device(bias, N));
   double *got = fetch(device_c.at, M*N + GUARD);
   if (bf16) round_to_bf16(a, M*K);
@@ -1306,7 +1329,7 @@ static double matmul_error(int M, int N, int K, int a_along, int b_along, int mo
 
 static void check_rung(const char *name, int number, const char *precision) {
   static const int size[][3] = {{1, 1, 1}, {128, 128, 64}, {131, 70, 37}, {66, 129, 16},
-                                {131, 68, 545}, {96, 128, 64}};
+                                {131, 68, 545}, {96, 128, 64}, {128, 128, 516}};
   enum { SIZES = sizeof size / sizeof *size };
   int bf16 = !strcmp(precision, "bf16"), before = rung, n = 0;
   double bar = IS_DOUBLE && !bf16 ? 1e-14 : 1e-5, worst = 0;
@@ -1411,6 +1434,9 @@ static void check_profile(void) {
   snprintf(share, sizeof share, "%s", profile_share(profile));
   expect(!strcmp(share, IS_DOUBLE ? "  50.0 % of the bandwidth" : "  25.0 % of the bandwidth"),
          "--profile", "of fill:%s", share);
+  struct Profile bf16 = {"matmul_big_bf16", 1, 1e-3, 1e3, 0};
+  expect(!strcmp(profile_share(&bf16), "  24.4 % of the peak"), "--profile", "of bf16:%s",
+         profile_share(&bf16));
   expect(!strcmp(profile_share(profile + 1), " 25600.0 % of the peak"), "--profile", "of matmul:%s",
          profile_share(profile + 1));
 #endif
@@ -1430,16 +1456,32 @@ static real written(real *at) {          // by a recorded launch
   return y;
 }
 
+static void fill_two(void *x) { fill(*(real **)x, 1, 2); }
+
 static void check_recordings(void) {
   enum { N = 20 };
-  real *x = (real *)device_alloc(N * sizeof *x);
+  real *x = (real *)device_alloc(N * sizeof *x), *at = x, two;
+  struct { real *at; char more[ARGUMENT_BYTES]; } large = {x, {0}};   // more than can be kept
   int wrong = 0;
   filling = 1;
   for (int i = 0; i < 3*N; i++) wrong += written(x + i % N) != 1;
   expect(!wrong, "recorded launches", "%d of %d did nothing", wrong, 3*N);
+#ifdef EMULATED
+  expect(graphs.size() == RECORDINGS, "recorded launches", "%zu graphs", graphs.size());
+#endif
   device_alloc(1);
-  filling = 2;
-  expect(written(x) == 2, "recorded launches", "are forgotten when memory is allocated");
+#ifdef EMULATED
+  expect(graphs.empty(), "recorded launches", "%zu graphs when all are forgotten", graphs.size());
+#endif
+  launch_recorded(fill_one, &large, sizeof large);
+  expect(recordings == 0, "recorded launches", "a large argument is not kept");
+  for (int i = 0; i < 3; i++) written(x);
+  launch_recorded(fill_two, &at, sizeof at);
+  copy_out(&two, x, sizeof two);
+  expect(two == 2, "recorded launches", "two functions with the same argument");
+  device_alloc(1);
+  filling = 3;
+  expect(written(x) == 3, "recorded launches", "are forgotten when memory is allocated");
   memset(profile, 0, sizeof profile);
   opt.profile = 1;
   for (int i = 0; i < 3; i++) written(x);
@@ -1477,6 +1519,20 @@ static void check_refusals(void) {
                 "needs compute capability 8.0");
   check_refusal("RUNG=4", [] { setenv("RUNG", "4", 1); device_start(1, "fp32"); },
                 "expected 1, 2 or 3");
+  check_refusal("RUNG=0", [] { setenv("RUNG", "0", 1); device_start(1, "fp32"); },
+                "expected 1, 2 or 3");
+  check_refusal("no GPU", [] { emulated_devices = 0; device_start(1, "fp32"); }, "no CUDA device");
+  check_refusal("65536 blocks in y", [] {
+    RUN(LAUNCH(fill_kernel, dim3(1, 1 << 16), THREADS, 0, stream)(scratch, 1, 0));
+  }, "fill_kernel did not start");
+  check_refusal("a sum of 2^21 terms in bf16", [] {
+    round_to(NULL, rows_of(NULL, 1), 1, 32, 1 << 21, 1 << 21);
+  }, "lower --batch_size");
+  check_refusal("rounded operands of 2^41 bytes", [] {
+    device_start(1, "bf16");
+    Matrix m = rows_of(NULL, 1);
+    matmul(m, m, m, 1 << 20, 1, 1 << 20, SET, NULL);
+  }, "no GPU memory for 2199");
   check_refusal("RUNG=2 in bf16", [] { setenv("RUNG", "2", 1); device_start(1, "bf16"); },
                 "expected 1, 2 or 3");
   check_refusal("an array of 4e18 bytes", [] { device_alloc((size_t)1 << 62); }, "no GPU memory");
@@ -2236,6 +2292,12 @@ static void check_all(void) {
 #endif
   checking = "updates";
   check_repeated();
+#ifdef EMULATED
+  double all = 0;
+  for (auto &m : device_memory_map) all += m.second;
+  expect(fabs(all - device_bytes) < 1000, "device memory", "%.0f bytes, counted as %.0f", all,
+         device_bytes);
+#endif
 #else
   checking = "the model";
   if (IS_DOUBLE) check_model();
@@ -2335,6 +2397,7 @@ int main(int argc, char **argv) {
 #include <sys/wait.h>
 #include <functional>
 #include <map>
+#include <set>
 #include <vector>
 
 #ifndef __has_feature
@@ -2565,7 +2628,7 @@ UNSEEN void run_block(void) {
 // ---- Device memory
 enum cudaError_t {
   cudaSuccess, cudaErrorInvalidValue, cudaErrorMemoryAllocation, cudaErrorStreamCaptureUnsupported,
-  cudaErrorInvalidResourceHandle, cudaErrorNotReady
+  cudaErrorInvalidResourceHandle, cudaErrorNotReady, cudaErrorInvalidConfiguration
 };
 enum cudaMemcpyKind {
   cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice
@@ -2573,7 +2636,8 @@ enum cudaMemcpyKind {
 static const char *cudaGetErrorString(cudaError_t e) {
   static const char *const text[] = {"no error", "invalid argument", "out of memory",
                                      "not allowed while a graph is recorded", "never recorded",
-                                     "not done yet"};
+                                     "not done yet", "the grid or a block is empty, or exceeds "
+                                     "2^31 - 1 blocks in x, 65535 in y or z, or 1024 threads"};
   return text[e];
 }
 static std::map<uintptr_t, size_t> device_memory_map;   // address and size of each allocation
@@ -2590,6 +2654,7 @@ typedef Stream *cudaStream_t;
 typedef Event *cudaEvent_t;
 static Stream the_stream;
 static cudaGraph_t recorded;             // while a graph is recorded
+static std::set<cudaGraph_t> graphs;     // that have not been destroyed
 static cudaError_t enqueue(cudaStream_t stream, const std::function<void()> &work) {
   if (stream != &the_stream) return cudaErrorInvalidResourceHandle;
   (recorded ? *recorded : stream->queue).push_back(work);
@@ -2686,10 +2751,7 @@ UNSEEN void run_grid(const char *kernel, dim3 grid, dim3 block, const std::funct
   gpu.kernel = kernel; gpu.body = body; gpu.threads = block.x * block.y * block.z;
   gridDim.x = grid.x; gridDim.y = grid.y; gridDim.z = grid.z;
   blockDim.x = block.x; blockDim.y = block.y; blockDim.z = block.z;
-  if (n < 1 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535)
-    gpu_die("the grid is empty, or exceeds 2^31 - 1 blocks in x or 65535 in y or z", 0, 0);
-  if (gpu.threads < 1 || gpu.threads > MAX_THREADS || gpu.threads % 32)
-    gpu_die("a block has 1 to 1024 threads, and whole warps of them", 0, 0);
+  if (gpu.threads % 32) gpu_die("a block has whole warps of threads", 0, 0);
   if (!gpu.stacks) {
     const char *seed = getenv("GPU_SEED");
     gpu.random = seed ? strtoull(seed, NULL, 10) : 0;
@@ -2712,6 +2774,7 @@ UNSEEN void run_grid(const char *kernel, dim3 grid, dim3 block, const std::funct
   check_shared();
 }
 
+static cudaError_t launch_error;         // of the last launch
 template <class T> static void check_pointer(const char *kernel, T *p) {
   if (!p || is_device_memory(p, 0)) return;
   fprintf(stderr, "kernel %s: an argument points to host memory\n", kernel);
@@ -2732,7 +2795,11 @@ static auto launch_of(const char *name, void (*kernel)(P...), dim3 grid, dim3 bl
     (check_pointer(name, p), ...);
     std::function<void()> body = [=] { kernel(p...); };
     auto work = [=] { arguments = {first_word(p)...}; run_grid(name, grid, block, &body); };
-    if (!enqueue(stream, work)) return;
+    uint64_t blocks = (uint64_t)grid.x * grid.y * grid.z, threads = block.x * block.y * block.z;
+    if (blocks < 1 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535 || threads < 1 ||
+        threads > MAX_THREADS)
+      launch_error = cudaErrorInvalidConfiguration;
+    if (launch_error || !enqueue(stream, work)) return;
     fprintf(stderr, "kernel %s: is launched in a stream that was not created\n", name);
     exit(1);
   };
@@ -2922,8 +2989,9 @@ struct cudaDeviceProp {
 struct cudaFuncAttributes { int ptxVersion; };
 static int emulated_ptx = 80;
 #define CALL static inline cudaError_t
-CALL cudaGetLastError(void) { return cudaSuccess; }
-CALL cudaGetDeviceCount(int *n) { *n = 1; return cudaSuccess; }
+static int emulated_devices = 1;
+CALL cudaGetLastError(void) { cudaError_t e = launch_error; launch_error = cudaSuccess; return e; }
+CALL cudaGetDeviceCount(int *n) { *n = emulated_devices; return cudaSuccess; }
 CALL cudaSetDevice(int) { return cudaSuccess; }
 CALL cudaGetDeviceProperties(cudaDeviceProp *p, int) {
   *p = {"an emulated GPU", 2, 8, 0, 8 << 20};   // so small that small matrices occupy it
@@ -2971,15 +3039,22 @@ CALL cudaStreamBeginCapture(cudaStream_t, int) {
 CALL cudaStreamEndCapture(cudaStream_t, cudaGraph_t *g) {
   *g = recorded;
   recorded = NULL;
+  graphs.insert(*g);
   return cudaSuccess;
 }
 CALL cudaGraphInstantiateWithFlags(cudaGraphExec_t *x, cudaGraph_t g, int) {
-  *x = new Work(*g);
+  if (!graphs.count(g)) return cudaErrorInvalidValue;
+  graphs.insert(*x = new Work(*g));
   return cudaSuccess;
 }
-CALL cudaGraphDestroy(cudaGraph_t g) { delete g; return cudaSuccess; }
-CALL cudaGraphExecDestroy(cudaGraphExec_t x) { delete x; return cudaSuccess; }
+CALL cudaGraphDestroy(cudaGraph_t g) {
+  if (!graphs.erase(g)) return cudaErrorInvalidValue;
+  delete g;
+  return cudaSuccess;
+}
+CALL cudaGraphExecDestroy(cudaGraphExec_t x) { return cudaGraphDestroy(x); }
 CALL cudaGraphLaunch(cudaGraphExec_t x, cudaStream_t s) {
+  if (!graphs.count(x)) return cudaErrorInvalidValue;
   for (auto &work : *x)
     if (enqueue(s, work)) return cudaErrorInvalidResourceHandle;
   return cudaSuccess;
