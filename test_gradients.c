@@ -238,7 +238,8 @@ static int say_how(const Comparison *c, const char *in_set, double size) {
   }
   if (nan == count)
     printf("NaN: never written, or added (+=) to where it must be set (=)");
-  else if (nan > 0) printf("%ld of %ld are NaN, as if never written", nan, count);
+  else if (nan > 0)
+    printf("%ld of %ld are NaN, as if never written, or read beyond an array", nan, count);
   else if (overwritten == count) printf("set (=) where it must be added (+=) to what was there");
   else if (zeros == count) printf("zero: this part is missing");
   else if (!fits(c, in_set, size, 'a', "w", factor) || fabs(factor[0] - 1) < 1e-4) return 0;
@@ -644,7 +645,7 @@ static void crossentropy_plain(Shape s, double **x, const int *ids) {
     x[2][n] = (double)(max + logl(sum));
   }
 }
-LAYER(crossentropy, 1000, (t[0], t[1], t[2], t[3], ids, N, V),
+LAYER(crossentropy, IS_DOUBLE ? 1000 : 200, (t[0], t[1], t[2], t[3], ids, N, V),
       {"loss", 'N', 1, OUTPUT}, {"correct", 'N', 1, SAVED}, {"row_lse", 'N', 1, SAVED},
       {"logits", 'N', 'V', SETS})
 
@@ -1266,7 +1267,7 @@ static void check_optimizer(Trainer *t, int optimizer) {
   }
   int ok = larger(off[0], off[1]) / change < (IS_DOUBLE ? 1e-11 : 1e-4);
   expect(ok, optimizers[optimizer].name, ok ? "%.1e, %.1e" : "%.1e, %.1e: look at its row of "
-         "OPTIMIZERS, and at apply_gradients() and optimizer_step()", off[0] / change,
+         "OPTIMIZERS, apply_gradients(), optimizer_step(), clip_factor()", off[0] / change,
          off[1] / change);
 }
 
