@@ -275,6 +275,14 @@ header_says() {
   grep -F '; 0.3 passes' printed && grep '^step  0/60 | train - | val [0-9.]*$' printed
 }
 check "the first lines: parameters, bytes, passes" header_says
+lines_say() {   # each evaluation's line, and the shares of --profile
+  awk -F, 'NR > 2 && $8 != "" { printf "step %d/60 | train %.4f | val %.4f\n", $2, $4, $8 }' run/log.csv >want
+  sed -n 's/^\(step [0-9]*.60 | train [0-9.]* | val [0-9.]*\).*left$/\1/p' printed | cmp - want || return 1
+  go --max_steps 30 --eval_interval 0 --profile --out sums >profile.txt || return 1
+  awk '/^all / { ms = $2 } NF >= 4 && $4 ~ /%$/ { n++; sum += $3; share += $4 }
+    END { exit n < 12 || share < 99 || share > 101 || sum / ms < 0.99 || sum / ms > 1.01 }' profile.txt
+}
+check "the lines of evaluations are those of the log; the shares of --profile add up" lines_say
 adds_up() {   # the last line is that of the log, and its seconds add up, also after --resume
   go --max_steps 21 --accumulate 3 --eval_interval 0 --out sums >sums.txt || return 1
   go --max_steps 42 --resume --eval_interval 21 --out sums >sums.txt || return 1
