@@ -141,7 +141,7 @@ static void pack_weights(Model *m) {
     if (!e->cols || e->tensor == &m->wpe) continue;   // these are added, not multiplied
     Matrix w = rows_of(e->tensor->data, e->cols);
     int C = e->rows, O = e->cols;
-    if (e->tensor == &m->wte) w = transpose(w), C = e->cols, O = e->rows;   // as lm_head() reads it
+    if (e->tensor == &m->wte) w = transpose(w), C = e->cols, O = e->rows;   // as lm_head reads it
     real *panels = (real *)device_alloc((size_t)C * (O + COLUMNS) * sizeof(real));
     pack_columns(panels, w, C, O);
     struct Packed p = {w, panels};
@@ -505,8 +505,8 @@ static void compare(Writer *w) {
 
 // ---- 5. Looking inside: --attention -----------------------------------------------------------
 // A picture for each layer (down) and head (across): a triangle in which row t shows how much byte
-// t of the prompt attends to each byte up to itself. Only the last MAX_SHOWN bytes are drawn, and
-// computed as if nothing stood before them.
+// t of the prompt attends to each byte up to itself. Only the last MAX_SHOWN bytes, or as many as
+// the context has, are drawn, and computed as if nothing stood before them.
 enum { MAX_SHOWN = 64, MAP = 240, GAP = 34, MARGIN = 60, CAPTION = 96 };   // bytes; pixels
 
 // att[t,s] of one head, from the queries and keys that forward() left: (n,n), 0 for s > t.
@@ -653,7 +653,7 @@ static Option generate_options[] = {
   WORD(gen, score, NULL, 0, "print the loss of this text, and end"),
   FLAG(gen, explain, "show what else each byte might have been"),
   WORD(gen, attention, NULL, 0,
-       "draw what each head attends to in the last 64 bytes of the prompt: an .svg file"),
+       "draw what each head attends to in the prompt's end, up to 64 bytes: an .svg file"),
   FLAG(gen, bench, "time steps of the model in DIR; without DIR, of one with 10.8 M parameters"),
   INT(gen, threads, NULL, 1, 1024, 0, "default: as many as help"),
   END_OF_OPTIONS};

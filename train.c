@@ -137,7 +137,7 @@ static void fill(real *x, long n, real value);
 typedef struct { double loss, correct, grad_norm2; } LossSums;
 // sums->loss += sum_n loss[n], and likewise correct
 static void add_loss(LossSums *sums, Tensor loss, Tensor correct, int N);
-// *result = sum_i x[i]^2; partial has room for chunks(n) numbers
+// *result = sum_i x[i]^2; partial has room for chunks(n) numbers (section 4)
 static void squared_norm(double *result, double *partial, const real *x, long n);
 
 // The device and its memory; on the CPU that is ordinary memory. Sizes are in bytes. If there is no
@@ -228,8 +228,8 @@ typedef struct {                       // a block's, in the order in which they 
   Tensor ln_2, ln_2_mean_rstd, fc, gelu, mlp_proj, x;
 } Activations;
 
-// An entry in one of a Model's two lists, parameters and activations; see layout(). Allocation,
-// initialisation, checkpoints and the gradient checker walk these lists.
+// An entry in one of a Model's two lists, parameters and activations; see layout() in section 7.
+// Allocation, initialisation, checkpoints and the gradient checker walk these lists.
 typedef struct {
   char name[40];
   Tensor *tensor;
@@ -260,7 +260,7 @@ typedef struct {
   long n_in_matrices, n_in_vectors, n_weights;   // numbers in the matrices, the vectors, both
   real *memory;                        // all activations and their gradients
   long n_memory;                       // numbers in it
-  long n_parameters;                   // numbers in all of them, without the padding in n_weights
+  long n_parameters;                   // numbers in all parameters, without padding
   int *token, *target;                 // [max_tokens], of the current micro-batch
   LossSums *sums;
   double *partial;                     // scratch of squared_norm()
@@ -784,7 +784,6 @@ static void crossentropy_backward(Tensor loss, Tensor correct, Tensor row_lse, T
 //
 //   | q of h 0 | q of h 1 | ... | k of h 0 | k of h 1 | ... | v of h 0 | v of h 1 | ... |
 //   0          D                C                           2C                          3C
-//
 
 // One head of one sequence: where its numbers of token 0 are. From token to token q, k and v move
 // on by 3C, out by C, lse by 1.
@@ -1521,10 +1520,10 @@ static long place(const Entry *e, long *end) {
   return at;
 }
 
-// The same for an activation, or its gradient; -1 for NONE. The first tensor with a shared place
-// reserves the buffer: all that share it have the same size.
 static long shared_at[N_PLACES];       // of the model that is laid out now; -1: not reserved yet
 
+// The same for an activation, or its gradient; -1 for NONE. The first tensor with a shared place
+// reserves the buffer: all that share it have the same size.
 static long place_activation(Model *m, const Entry *e, enum Place where) {
   if (where == NONE) return -1;
   if (where == OWN || m->unshared) return place(e, &m->n_memory);
@@ -2381,11 +2380,14 @@ static void log_update(const Trainer *t) {
   r->x[LEARNING_RATE] = t->optimizer.learning_rate; r->x[STEP_SECONDS] = t->step_seconds;
 }
 
-static void log_evaluation(const Trainer *t) {   // in the row of the last update
+// In the row of the last update. Returns whether it had none.
+static int log_evaluation(const Trainer *t) {
   long i = log_rows - 1;
   while (i >= 0 && (log_row[i].trainer != t - trainer || log_row[i].x[UPDATE] != t->updates)) i--;
   LogRow *r = i < 0 ? add_log_row(t) : &log_row[i];   // or a row before the first update
+  int is_new = !isfinite(r->x[VAL_LOSS]);
   r->x[VAL_LOSS] = t->val.loss; r->x[VAL_ACCURACY] = t->val.accuracy;
+  return is_new;
 }
 
 static void write_log(void) {
@@ -2706,28 +2708,31 @@ static void resume(Trainer *t, Safetensors *st) {
   save_model(t);                                 // a save may have been killed after the state
 }
 
+static int cut_short;                            // the last evaluation was interrupted
+
 static void evaluate_and_save(void) {
+  int is_new = trainer[0].updates != trainer[0].saved_update;
   for (Trainer *t = trainer; t < trainer + n_trainers; t++) {
     Evaluation val = evaluate(&t->model, text.train_size, text.size);
-    if (interrupted) return;                     // finish_training() saves
+    if (interrupted) { cut_short = 1; return; }  // finish_training() saves
     t->val = val;
     if (!isfinite(t->val.loss))
       die("step %ld: the validation loss is %g: the last checkpoint is kept; lower "
           "--learning_rate", t->updates, t->val.loss);
-    log_evaluation(t);
+    is_new |= log_evaluation(t) && t->updates > 0;
   }
   show(NULL);
   if (opt.compare) print_compare_row();
   else printf("%s\n", progress());
   fflush(stdout);
-  if (trainer[0].updates != trainer[0].saved_update) save_run();
+  if (is_new) save_run();
 }
 
 static int finish_training(void) {
   Trainer *t = &trainer[0];
   if (t->updates != t->saved_update || (!t->updates && !interrupted)) save_run();
   show(NULL);
-  if (interrupted) {
+  if (interrupted && (t->updates < opt.max_steps || cut_short)) {
     printf("\nstopped after step %ld%s\n", t->updates,
            opt.compare || !t->updates ? "" : ", which is saved: continue with --resume");
     return 130;
@@ -2834,9 +2839,9 @@ static void print_help(const Option *table, const char *usage) {
 }
 
 // Sets the options of a table from the command line; --help prints them and ends the program. The
-// other arguments go to words[0..capacity-1]; returns how many there were. Each program
-// calls this first, so it also prepares the process: a write that fails must return an error, not
-// kill the program.
+// other arguments go to words[0..capacity-1]; returns how many there were. Each program calls this
+// first, so it also prepares the process: a write that fails must return an error, not kill the
+// program.
 static int parse_options(Option *table, int argc, char **argv, const char *usage,
                          const char **words, int capacity) {
   int n = 0;

@@ -1039,8 +1039,8 @@ static void squared_norm(double *result, double *partial, const real *x, long n)
 // instruction for each 50 multiply-adds.
 enum {
   SIDE = sizeof(real) == sizeof(float) && WARPS == 8 ? 64 : 32,   // two tiles of 64 x 64 doubles
-                                         //   exceed 48 KB of shared memory; small CUDA blocks (the
-                                         //   checker's) get 32, too
+                                         //   exceed 48 KB of shared memory; small CUDA blocks, of
+                                         //   some checkers, get 32, too
   SIDE_LANES = SIDE / 4,
   PART = 32,                             // numbers of a result that a thread has, at most
   FP32_THREADS = SIDE/8 * SIDE/4,
@@ -1400,11 +1400,10 @@ static void attention_backward(Tensor out, Tensor lse, Tensor qkv, int B, int T,
 enum { SLOTS = 16, SLOT_BYTES = 256 << 10 };
 static struct { void *memory; cudaEvent_t sent; } slot[SLOTS];
 
-// Multiply-adds that a multiprocessor does in a cycle, from this compute capability on. (bf16 of
-// 8.6, 8.9 and 12.0: GeForce; cards for workstations and data centers do 512, and can exceed 100
-// %.)
+// Multiply-adds that a multiprocessor does in a cycle, from this compute capability on. bf16 of
+// 8.6, 8.9 and 12.0 is that of GeForce; cards for workstations and data centers do 512 there.
 static const struct { int since, fp32, bf16; } PEAK[] = {
-  {0, 128, 0}, {60, 64, 0}, {61, 128, 0}, {70, 64, 0}, {80, 64, 1024}, {86, 128, 256},
+  {0, 192, 0}, {50, 128, 0}, {60, 64, 0}, {61, 128, 0}, {70, 64, 0}, {80, 64, 1024}, {86, 128, 256},
   {90, 128, 2048}, {100, 128, 4096}, {120, 128, 256}};
 static double peak_fp32, peak_bf16, bandwidth;   // operations and bytes in a second
 

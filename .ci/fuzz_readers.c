@@ -13,7 +13,10 @@ static void *kept[1000];
 static int n_kept;
 static void *keep(void *old, void *p) {
   for (int i = 0; i < n_kept; i++)
-    if (old && kept[i] == old) { kept[i] = p; return p; }
+    if (old && kept[i] == old) {
+      kept[i] = p ? p : kept[--n_kept];
+      return p;
+    }
   if (p && n_kept < 1000) kept[n_kept++] = p;
   return p;
 }
@@ -40,9 +43,9 @@ static void read_any_log(void) {
   trainer[0].name = "train";
   trainer[0].updates = 1000000;
   text.floor = NAN;
+  log_row = (LogRow *)host_alloc(NULL, 1);
   log_rows = 0;
   read_log(&trainer[0]);
-  keep(log_row, NULL);                   // for the next run
   opt.optimizer = "adamw";
   n_trainers = 1;
   write_plot();

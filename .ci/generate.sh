@@ -87,7 +87,7 @@ whole_characters() {   # what is printed is UTF-8, whatever is drawn
 check "what is printed is whole characters" whole_characters
 prompt_is_printed() {
   [ "$(go --prompt "从前有一" --tokens 0)" = "从前有一" ] && [ "$(go --tokens 0)" = "" ] &&
-  ! go --prompt "$(printf 'a\302\233b')" --tokens 0 | grep "$(printf '\302\233')"   # a control character
+  go --prompt "$(printf 'a\302\233b')" --tokens 0 >control && ! grep "$(printf '\302\233')" control
 }
 check "a prompt begins the text; the line break in its place does not" prompt_is_printed
 cut_prompt() { go --prompt "$(printf '\344\273')" --tokens 30 | utf8; }
