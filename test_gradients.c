@@ -1172,7 +1172,8 @@ static void check_shared_memory(void) {
               "of Place");
   for (struct Profile *p = profile; *p->name; p++) {
     flop += p->flop;
-    if (!strstr(p->name, "add_slices")) moved += p->bytes / sizeof(real);   // not WARPS' number
+    if (!strstr(p->name, "add_slices"))   // of which there are more or fewer, as WARPS says
+      moved += p->bytes / sizeof(real);
     int products = strstr(p->name, "backward_kv") ? 4 : strstr(p->name, "backward_q") ? 3 : 0;
     if (products)
       expect(p->flop == products * again / 3, "--profile", "%.0f operations of %s", p->flop,
