@@ -2641,8 +2641,8 @@ enum cudaMemcpyKind {
 static const char *cudaGetErrorString(cudaError_t e) {
   static const char *const text[] = {"no error", "invalid argument", "out of memory",
                                      "not allowed while a graph is recorded", "never recorded",
-                                     "not done yet", "the grid or a block is empty, or exceeds "
-                                     "2^31 - 1 blocks in x, 65535 in y or z, or 1024 threads"};
+                                     "not done yet",
+                                     "an empty grid or block, or one that exceeds a limit"};
   return text[e];
 }
 static std::map<uintptr_t, size_t> device_memory_map;   // address and size of each allocation
