@@ -1194,7 +1194,7 @@ typedef struct { double w, m, v, decay; } Plain;
 static void plain_step(int optimizer, Plain *p, double g, double rate, int step) {
   const double b1 = opt.beta1, b2 = opt.beta2;
   double move = 0;
-  if (optimizer == adamw) p->w -= rate * p->decay * p->w;
+  if (optimizer == adamw) p->w -= rate * p->decay * p->w;   // decoupled
   else g += p->decay * p->w;
   switch (optimizer) {
   case sgd: move = g; break;
@@ -2770,6 +2770,7 @@ UNSEEN void run_grid(const char *kernel, dim3 grid, dim3 block, const std::funct
   shuffle(order, n);
   for (uint64_t i = 0; i < n; i++) {
     gpu.fresh = i == 0 || i == n - 1;    // it takes time, and these two show what is not written
+    if (i > 0 && gpu.fresh) check_shared();   // what the blocks before have written
     blockIdx.x = order[i] % grid.x;
     blockIdx.y = order[i] / grid.x % grid.y;
     blockIdx.z = order[i] / grid.x / grid.y;
